@@ -1,0 +1,216 @@
+"""The repository agrees with itself: generated files, versions, sidebar, committed outputs, direction of imports."""
+import ast, json, os, re, shutil, subprocess, sys
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest, yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+NBS = sorted((ROOT/"nbs").glob("*.ipynb"))
+each_nb = pytest.mark.parametrize("path", NBS, ids=lambda o: o.stem)
+
+
+def cells(path, kind=None):
+    "The cells of a notebook as dicts whose source is one string."
+    res = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    for o in res: o["source"] = "".join(o["source"])
+    return [o for o in res if kind in (None, o["cell_type"])]
+
+
+def default_exp(path):
+    "The module a notebook exports to, or None."
+    found = [m[1] for o in cells(path, "code") if (m := re.search(r"^#\|\s*default_exp\s+(\S+)", o["source"], re.M))]
+    assert len(found) <= 1, f"{path.name} has {len(found)} default_exp cells"
+    return found[0] if found else None
+
+
+def number(path):
+    "The number in a notebook's file name, or None (the index)."
+    m = re.match(r"(\d+)_", path.name)
+    return int(m[1]) if m else None
+
+
+def outputs(path):
+    "Each output of a notebook with its text, images left out."
+    for o in cells(path, "code"):
+        for out in o["outputs"]:
+            parts = [out.get("text", ""), *(v for k, v in out.get("data", {}).items() if not k.startswith("image"))]
+            yield out, "\n".join(v if isinstance(v, str) else "".join(map(str, v)) for v in parts)
+
+
+def settings():
+    cfg = ConfigParser()
+    cfg.read(ROOT/"settings.ini")
+    return cfg["DEFAULT"]
+
+
+def python(code, cwd=ROOT):
+    "Run `code` in a fresh interpreter, without nbdev's marker for running tests."
+    env = {k: v for k, v in os.environ.items() if k != "IN_TEST"}
+    res = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True)
+    assert res.returncode == 0, res.stdout + res.stderr
+    return res.stdout
+
+
+@pytest.fixture
+def project(tmp_path):
+    "A copy of what nbdev reads and writes."
+    for name in ("settings.ini", "pyproject.toml", "_quarto.yml"): shutil.copy2(ROOT/name, tmp_path)
+    skip = shutil.ignore_patterns("__pycache__", ".*")
+    shutil.copytree(ROOT/"nbs", tmp_path/"nbs", symlinks=True, ignore=skip)
+    (tmp_path/"fips_nb").mkdir()
+    shutil.copy2(ROOT/"fips_nb/__init__.py", tmp_path/"fips_nb")
+    return tmp_path
+
+
+# ---- generated files ----
+
+@pytest.mark.sync
+def test_export_leaves_no_diff(project):
+    python("from nbdev.doclinks import nbdev_export; nbdev_export.__wrapped__()", cwd=project)
+    want, have = ({o.name: o.read_text(encoding="utf-8") for o in (d/"fips_nb").glob("*.py")} for d in (project, ROOT))
+    missing, extra = want.keys() - have.keys(), have.keys() - want.keys()
+    differ = [k for k in want.keys() & have.keys() if want[k] != have[k]]
+    behind = sorted(missing) + sorted(differ)
+    assert not behind, f"fips_nb/ is behind the notebooks in {behind}: run `make export`"
+    assert not extra, f"no notebook exports {sorted(extra)}: fips_nb/ is generated, remove them or write the notebook"
+    assert (project/"pyproject.toml").read_text() == (ROOT/"pyproject.toml").read_text(), "nbdev rewrote pyproject.toml"
+
+
+@pytest.mark.sync
+def test_clean_leaves_no_diff(project):
+    python("from nbdev.clean import nbdev_clean; nbdev_clean.__wrapped__()", cwd=project)
+    differ = [o.name for o in NBS if o.read_bytes() != (project/"nbs"/o.name).read_bytes()]
+    assert not differ, f"{differ} hold execution counts or editor metadata: run `make clean-nbs`"
+
+
+@pytest.mark.sync
+def test_readme_is_the_index_notebook():
+    res = subprocess.run([sys.executable, ROOT/"tools/readme.py", "--check"], capture_output=True, text=True)
+    assert res.returncode == 0, res.stderr
+
+
+@pytest.mark.sync
+def test_nbdev_yml_is_from_settings(project):
+    python("from nbdev.quarto import refresh_quarto_yml; refresh_quarto_yml()", cwd=project)
+    for name in ("nbs/nbdev.yml", "_quarto.yml"):
+        assert (project/name).read_text() == (ROOT/name).read_text(), f"{name} is not what settings.ini says"
+
+
+# ---- package ----
+
+def test_import_is_light():
+    loaded = python("import sys, fips_nb; print(*sys.modules)").split()
+    heavy = sorted({"torch", "timm", "numpy", "matplotlib"} & set(loaded))
+    assert not heavy, f"`import fips_nb` imports {heavy}: keep fips_nb/__init__.py to the version"
+
+
+def test_versions_agree():
+    version = python("import fips_nb; print(fips_nb.__version__)").strip()
+    assert version == settings()["version"], "settings.ini and fips_nb/__init__.py differ: run `make export`"
+    first = re.search(r"^## (\S+)", (ROOT/"CHANGELOG.md").read_text(), re.M)[1]
+    assert first == version, f"CHANGELOG.md begins with {first}, the package is at {version}"
+
+
+@each_nb
+def test_default_exp_module_exists(path):
+    name = default_exp(path)
+    if number(path) is None: assert name is None, f"{path.name} is a page, not a module"
+    elif name is not None:
+        assert name == path.stem.split("_", 1)[1], f"{path.name} exports to {name}.py: notebook and module share a name"
+        assert (ROOT/f"fips_nb/{name}.py").exists(), f"fips_nb/{name}.py is missing: run `make export`"
+
+
+def imported_modules(tree):
+    "The modules of this package that some code imports, by their short names."
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import): names = [o.name for o in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(filter(None, ["fips_nb" if node.level else "", node.module]))
+            names = [f"fips_nb.{o.name}" for o in node.names] if base == "fips_nb" else [base]
+        else: continue
+        yield from (o.split(".")[1] for o in names if o.startswith("fips_nb."))
+
+
+def parse(source):
+    "The syntax tree of a cell without its magics; empty where it is no Python."
+    try: return ast.parse("\n".join(o for o in source.splitlines() if not o.lstrip().startswith(("%", "!"))))
+    except SyntaxError: return ast.parse("")
+
+
+@each_nb
+def test_imports_point_backwards(path):
+    numbers = {default_exp(o): number(o) for o in NBS}
+    if number(path) is None: return
+    for cell in cells(path, "code"):
+        for name in imported_modules(parse(cell["source"])):
+            n = numbers.get(name)
+            if n is None: continue
+            exported = re.search(r"^#\|\s*export", cell["source"], re.M)
+            assert n < number(path) or (n == number(path) and not exported), \
+                f"{path.name} imports fips_nb.{name}, which comes from notebook {n:02}: imports point backwards only"
+
+
+def test_generated_imports_point_backwards():
+    numbers = {default_exp(o): number(o) for o in NBS if default_exp(o)}
+    for name, n in numbers.items():
+        for dep in imported_modules(ast.parse((ROOT/f"fips_nb/{name}.py").read_text(encoding="utf-8"))):
+            if dep in numbers: assert numbers[dep] < n, f"{name}.py ({n:02}) imports {dep} ({numbers[dep]:02})"
+
+
+# ---- site ----
+
+def test_quarto_yml_is_one_file():
+    link = ROOT/"nbs/_quarto.yml"
+    assert link.is_symlink() and os.readlink(link) == "../_quarto.yml", \
+        "nbs/_quarto.yml is not the symlink to ../_quarto.yml (restore it with `git checkout nbs/_quarto.yml`)"
+
+
+def sidebar_pages(o):
+    "Every page named in a sidebar tree."
+    if isinstance(o, str): return [o] if o.endswith(".ipynb") else []
+    if isinstance(o, dict): o = [o.get("href", ""), *o.get("contents", [])]
+    return [p for x in o for p in sidebar_pages(x)]
+
+
+def test_every_notebook_is_in_the_sidebar():
+    pages = sidebar_pages(yaml.safe_load((ROOT/"_quarto.yml").read_text())["website"]["sidebar"]["contents"])
+    names = [o.name for o in NBS]
+    assert len(pages) == len(set(pages)), "a page is in the sidebar twice"
+    assert not set(names) - set(pages), f"add {sorted(set(names) - set(pages))} to the sidebar in _quarto.yml"
+    assert not set(pages) - set(names), f"the sidebar names {sorted(set(pages) - set(names))}: not in nbs/"
+
+
+# ---- committed outputs ----
+
+@each_nb
+def test_outputs_are_committed(path):
+    code = [o for o in cells(path, "code") if not re.search(r"^#\|\s*(export|default_exp|hide)\b", o["source"], re.M)]
+    assert not code or any(o["outputs"] for o in code), f"{path.name} has no outputs: run `make run NB=nbs/{path.name}`"
+
+
+@each_nb
+def test_outputs_are_clean(path):
+    for out, text in outputs(path):
+        where = f"in an output of {path.name}: {text[:200]!r}"
+        assert out["output_type"] != "error" and "Traceback (most recent call last)" not in text, f"an error {where}"
+        assert out.get("name") != "stderr", f"a warning or log line {where}"
+        assert not any("widget" in k for k in out.get("data", {})), f"a widget {where}"
+        assert not re.search(r"\d+%\|[█▏▎▍▌▋▊▉ ]", text), f"a progress bar {where}"
+
+
+roots = "home|root|tmp|Users|work|mnt|scratch|private|var/folders"
+machine_path = re.compile(rf"(?<![\w.~:/-])(?:/(?:{roots})/|[A-Z]:\\\\?Users)[^\s'\")]*")
+
+
+@each_nb
+def test_no_paths_of_a_machine(path):
+    for where, text in [("a cell", o["source"]) for o in cells(path)] + [("an output", t) for _, t in outputs(path)]:
+        m = machine_path.search(text)
+        assert not m, f"{where} of {path.name} names a path of one machine: {m[0]}"
+
+
+@each_nb
+def test_size(path):
+    size = path.stat().st_size
+    assert size < 1_000_000, f"{path.name} is {size/1e6:.2f} MB: make its figures smaller (limit 1 MB)"
