@@ -301,8 +301,8 @@ def match_outputs(
     model:nn.Module, # factorised, changed in place
     dense:nn.Module, # the model it came from
     batches, # re-iterable batches
-    epochs:int=4, # passes over the batches
-    lr:float=2e-4, # peak of AdamW's cosine
+    epochs:int=3, # passes over the batches
+    lr:float=1e-4, # peak of AdamW's cosine
     kind:str='kl', # see `output_loss`
     device=None,
     seed:int=0, # order of the batches
@@ -357,7 +357,7 @@ class Config:
     basis:str = 'shared' # 'shared', or 'identity': nothing to store, plain sparsity
     split:str = 'none' # what shares within a group, see `group_mlps`
     group_size:object = 12 # blocks per group, 'all', 'stage', 'auto' or lists of names
-    sparsity:float|None = None # of V; None takes `1 - budget/3`, about 3 d atoms
+    sparsity:float|None = None # of V; None takes `1 - budget/6`, about 5 d atoms
     metric:str = 'input' # of the layer-wise error, see `layer_metric`
     fit:str = 'cg' # 'cg' (`fit_group`), 'svd' (`fit_svd`) or 'blocks' (`match_blocks`)
     ranks:str = 'uniform' # or 'adaptive' (closed form only)
@@ -370,15 +370,15 @@ class Config:
     match_epochs:int = 0 # passes of `match_outputs` at the end
 
 PRESETS = {
-    'fips': Config(match_epochs=8),
+    'fips': Config(match_epochs=3),
     'fips-paper': Config(group_size=4, sparsity=.75, metric='identity', fit='blocks', extend='copies', scope='global'),
     'svd': Config(split='linear', group_size=1, sparsity=0., metric='identity', fit='svd'),
     'asvd': Config(split='linear', group_size=1, sparsity=0., metric='scale', fit='svd'),
     'svd-llm': Config(split='linear', group_size=1, sparsity=0., fit='svd'),
     'basis-sharing': Config(split='up', group_size=2, sparsity=0., fit='svd'),
     'aafm': Config(split='linear', group_size=1, sparsity=0., metric='centred', fit='svd', ranks='adaptive'),
-    'gfm': Config(split='linear', group_size=1, sparsity=0., metric='centred', fit='svd', ranks='adaptive', match_epochs=8),
-    'sparse': Config(basis='identity', match_epochs=8),
+    'gfm': Config(split='linear', group_size=1, sparsity=0., metric='centred', fit='svd', ranks='adaptive', match_epochs=3),
+    'sparse': Config(basis='identity', match_epochs=3),
 }
 
 # %% ../nbs/03_blockwise_opt.ipynb #03-050
@@ -413,7 +413,7 @@ def plan_groups(
     "Groups of `model`, with the ranks and densities that meet `budget`."
     if not 0 < budget <= 1: raise ValueError(f"budget {budget} is outside (0, 1]")
     mlps = find_mlps(model, filter_fn)
-    s = (1 - budget/3 if cfg.sparsity is None else cfg.sparsity) if cfg.fit != 'svd' else 0.
+    s = (1 - budget/6 if cfg.sparsity is None else cfg.sparsity) if cfg.fit != 'svd' else 0.
     if isinstance(cfg.pattern, tuple): s = 1 - cfg.pattern[0]/cfg.pattern[1]
     size = auto_group(model, mlps, budget, s, seed=seed)[0] if cfg.group_size == 'auto' else cfg.group_size
     groups = group_mlps(mlps, size, cfg.split)

@@ -76,8 +76,8 @@ def factorize(
     basis = None
     for l,V in zip(group.linears, Vs):
         old = model.get_submodule(l.name); w = old.weight
-        if basis is None and U is not None: basis = nn.Parameter(U.to(w))
-        model.set_submodule(l.name, FactorLinear(basis, V.to(w), l.role, None if old.bias is None else old.bias.detach().clone()).train(old.training))
+        if basis is None and U is not None: basis = nn.Parameter(U.to(w).contiguous())
+        model.set_submodule(l.name, FactorLinear(basis, V.to(w).contiguous(), l.role, None if old.bias is None else old.bias.detach().clone()).train(old.training))
     return model
 
 def factor_layers(
