@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'Moments', 'feed', 'collect_moments', 'Metric', 'layer_metric', 'v_hessian', 'refit_v', 'refit_u',
-           'group_error', 'fit_group', 'fit_svd', 'adaptive_ranks', 'match_blocks', 'output_loss', 'fast_autocast',
-           'match_outputs', 'write_tensors', 'read_meta', 'Config', 'configure', 'plan_groups', 'fingerprint', 'State',
-           'round_factors', 'Compressed', 'size_report', 'compress']
+           'group_error', 'fit_group', 'fit_svd', 'adaptive_ranks', 'match_blocks', 'output_loss', 'start_lr',
+           'fast_autocast', 'match_outputs', 'write_tensors', 'read_meta', 'Config', 'configure', 'plan_groups',
+           'fingerprint', 'State', 'round_factors', 'Compressed', 'size_report', 'compress']
 
 # %% ../nbs/03_blockwise_opt.ipynb #03-003
 import copy, dataclasses, difflib, hashlib, json, math, os, time
@@ -275,6 +275,18 @@ def output_loss(
     lp,lq = ref.float().log_softmax(-1), out.float().log_softmax(-1)
     return (lp.exp()*(lp - lq)).sum(-1).mean()
 
+@torch.no_grad()
+def start_lr(
+    model:nn.Module, # factorised
+    dense:nn.Module, # the model it came from
+    batches, # the first 16 count
+    kind:str='kl', # see `output_loss`
+    device=None,
+) -> float: # learning rate
+    "Learning rate for `match_outputs`: `2e-4` times the loss at the start, at most `1e-4`."
+    losses = [output_loss(feed(model, b, device), feed(dense, b, device), kind).item() for b in batches[:16]]
+    return min(1e-4, 2e-4*sum(losses)/len(losses))
+
 def fast_autocast(device) -> bool:
     "Whether bfloat16 products are native on `device`."
     d = torch.device(device or 'cpu')
@@ -302,7 +314,7 @@ def match_outputs(
     dense:nn.Module, # the model it came from
     batches, # re-iterable batches
     epochs:int=3, # passes over the batches
-    lr:float=1e-4, # peak of AdamW's cosine
+    lr:float|None=None, # peak of AdamW's cosine; None takes `2e-4` times the loss at the start, at most `1e-4`
     kind:str='kl', # see `output_loss`
     device=None,
     seed:int=0, # order of the batches
@@ -313,6 +325,7 @@ def match_outputs(
     batches = list(batches); Vs,rest = _params(model); total = epochs*len(batches)
     wanted = {p: p.requires_grad for p in model.parameters()}
     for p in wanted: p.requires_grad_(any(p is q for q in Vs + rest))
+    if lr is None: lr = start_lr(model, dense, batches, kind, device)
     opt = torch.optim.AdamW(Vs + rest, lr=lr, weight_decay=0., betas=(.9, .98)); pruner = Pruner(Vs, method='keep')
     done = _load_progress(state, model, opt) if state and Path(state).exists() else 0
     bar = tqdm(total=total, initial=done*len(batches), desc='outputs', disable=not progress, leave=False); losses = []
