@@ -167,7 +167,7 @@ def fit_group(
     Ms:list, # their metrics
     r:int, # rank; 0 fixes the basis to the identity, which is plain sparsity
     density:float, # share of non-zeros in V, over the group
-    levels:int=40, # pruning levels
+    levels:int=60, # pruning levels
     scope:str='layer', # one density for each matrix ('layer') or one threshold for all ('global')
     pattern=None, # None, 'fan_in' or (n, m)
     criterion:str='hessian', # or 'magnitude'
@@ -377,7 +377,7 @@ class Config:
     extend:str = 'atoms' # beyond rank d, see `svd_init`
     scope:str = 'layer' # one density per matrix, or one 'global' threshold
     pattern:object = None # 'fan_in' or (n, m); None is unstructured
-    levels:int = 40 # pruning levels of 'cg'
+    levels:int = 60 # pruning levels of 'cg'
     block_steps:int = 600 # steps of 'blocks'
     method:str = 'gmp' # masks of 'blocks', see `Pruner`
     match_epochs:int = 0 # passes of `match_outputs` at the end
