@@ -262,6 +262,7 @@ def match_blocks(
             opt.zero_grad(); loss.backward(); pruner.step(t, opt); opt.step(); sched.step(); losses.append(loss.item())
     finally:
         for h in hooks: h.remove()
+    opt.zero_grad()
     return losses
 
 # %% ../nbs/03_blockwise_opt.ipynb #03-040
@@ -285,7 +286,7 @@ def start_lr(
 ) -> float: # learning rate
     "Learning rate for `match_outputs`: `2e-4` times the loss at the start, at most `1e-4`."
     losses = [output_loss(feed(model, b, device), feed(dense, b, device), kind).item() for b in batches[:16]]
-    return min(1e-4, 2e-4*sum(losses)/len(losses))
+    return min(1e-4, max(0., 2e-4*sum(losses)/len(losses)))
 
 def fast_autocast(device) -> bool:
     "Whether bfloat16 products are native on `device`."
@@ -343,6 +344,7 @@ def match_outputs(
         if state: _save_progress(state, model, opt, e+1)
     bar.close()
     for p,g in wanted.items(): p.requires_grad_(g)
+    opt.zero_grad()
     return losses
 
 # %% ../nbs/03_blockwise_opt.ipynb #03-044

@@ -231,8 +231,8 @@ class Pruner:
         opt=None, # the optimiser whose moments follow the masks
     ):
         "Update the masks if step `t` asks for it; call after `backward`, before the optimiser's step."
-        end = math.ceil(3*self.steps/4)
-        if self.method == 'gmp' and (t % self.every == 0 or t == end) and t <= end: self.masks = self._magnitude_masks(gmp_sparsity(t, self.steps, self.s))
+        end = min(math.ceil(3*self.steps/4), self.steps - 1) # also in runs of a few steps
+        if self.method == 'gmp' and (t % self.every == 0 or t == end) and t <= end: self.masks = self._magnitude_masks(self.s if t == end else gmp_sparsity(t, self.steps, self.s))
         if self.method == 'rigl' and t % self.every == 0 and 0 < t < end:
             frac = self.frac/2*(1 + math.cos(math.pi*t/end))
             self.masks = [rigl_mask(p.detach(), m, p.grad, frac, self.pattern == 'fan_in') for p,m in zip(self.params, self.masks)]
