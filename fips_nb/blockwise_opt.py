@@ -9,7 +9,7 @@ __all__ = ['PRESETS', 'Moments', 'feed', 'collect_moments', 'Metric', 'layer_met
            'fingerprint', 'State', 'round_factors', 'Compressed', 'size_report', 'compress']
 
 # %% ../nbs/03_blockwise_opt.ipynb #03-003
-import copy, dataclasses, difflib, hashlib, json, math, os, time
+import contextlib, copy, dataclasses, difflib, hashlib, json, math, operator, os, re, time
 from dataclasses import dataclass
 from pathlib import Path
 import torch
@@ -72,6 +72,18 @@ def collect_moments(
     return {k: Moments((C/n).float(), (m/n).float(), (a/n).float(), n) for k,(C,m,a,n) in acc.items()}
 
 # %% ../nbs/03_blockwise_opt.ipynb #03-014
+def _centred(m):
+    "Covariance; a constant input keeps a millionth of its second moment, as rounding would leave it indefinite."
+    C = m.C.double() - torch.outer(m.mean.double(), m.mean.double()); v = C.diagonal()
+    v.copy_(torch.maximum(v, 1e-6*m.C.diagonal()))
+    return C
+
+def _centred(m):
+    "Covariance; a constant input keeps a millionth of its second moment, as rounding would leave it indefinite."
+    C = m.C.double() - torch.outer(m.mean.double(), m.mean.double()); v = C.diagonal()
+    v.copy_(torch.maximum(v, 1e-6*m.C.diagonal()))
+    return C
+
 @dataclass
 class Metric:
     "Cost `tr(L E R E.T)` of an error `E` (d, h); None stands for the identity."
@@ -97,9 +109,9 @@ def layer_metric(
     kind:str='input', # 'identity', 'scale' (ASVD, alpha = 0.5), 'input' (second moment), 'centred' (covariance, AAFM)
 ) -> Metric: # scaled so that the cost of `W` itself is 1
     "Metric of the output error of one layer."
-    if kind == 'identity': e = W.pow(2).sum().item(); return Metric(torch.eye(len(W), device=W.device)/e, None, 0., e)
+    if kind == 'identity': e = max(W.pow(2).sum().item(), 1e-30); return Metric(torch.eye(len(W), device=W.device)/e, None, 0., e)
     m = moments
-    C = {'input': lambda: m.C, 'scale': lambda: torch.diag(m.scale), 'centred': lambda: m.C - torch.outer(m.mean, m.mean)}[kind]().to(W.device)
+    C = {'input': lambda: m.C, 'scale': lambda: torch.diag(m.scale), 'centred': lambda: _centred(m)}[kind]().to(W.device)
     C,damp = regularize(C); C = C.float()
     M = Metric(C, None, damp) if role == 'up' else Metric(None, C, damp)
     e = max(M.cost(W), 1e-30)
@@ -212,7 +224,7 @@ def adaptive_ranks(
         A = W.double() if M.L is None else torch.linalg.cholesky(M.L.double()).T@W.double()
         if M.R is not None: A = A@torch.linalg.cholesky(M.R.double())
         e = torch.linalg.svdvals(A).pow(2)
-        gains += [(g/sum(W.shape), i) for g in (e/e.sum()).tolist()[1:]]
+        gains += [(g/sum(W.shape), i) for g in (e/e.sum().clamp_min(1e-30)).tolist()[1:]]
     ranks,left = [1]*len(Ws), params - sum(sum(W.shape) for W in Ws)
     if left < 0: raise ValueError(f"budget is too small for one basis vector per layer; the smallest possible is {sum(sum(W.shape) for W in Ws)/sum(W.numel() for W in Ws):.4g}")
     for _,i in sorted(gains, reverse=True):
@@ -234,7 +246,26 @@ def _params(model, V=True):
 
 def _cycle(batches):
     "Endless passes over `batches`."
-    while True: yield from batches
+    while True:
+        n = 0
+        for b in batches: n += 1; yield b
+        if not n: raise ValueError("there is no calibration data, or it can be read only once")
+
+@contextlib.contextmanager
+def _learning(model, params):
+    "Let only `params` of `model` learn for a while; flags come back and no gradients stay."
+    was,live = {p: p.requires_grad for p in model.parameters()}, {id(p) for p in params}
+    try:
+        for p in was: p.requires_grad_(id(p) in live)
+        yield
+    finally:
+        for p,g in was.items(): p.requires_grad_(g); p.grad = None
+
+def _check_loss(loss, refs):
+    "Refuse a loss that is not finite; `refs` are the dense outputs by name."
+    if math.isfinite(loss): return
+    bad = next((n for n,o in refs.items() if not torch.isfinite(o).all()), None)
+    raise ValueError(f"the outputs of {bad} of the dense model hold NaN or infinity; its weights or the calibration data are broken" if bad else "matching diverged: the loss is NaN or infinity; a smaller lr helps")
 
 def match_blocks(
     model:nn.Module, # factorised, changed in place
@@ -246,23 +277,23 @@ def match_blocks(
     lr:float=1e-3, # of AdamW, cosine
     method:str='gmp', # see `Pruner`
     scope:str='global', # threshold of the masks
+    pattern=None, # None, 'fan_in' or (n, m)
     device=None,
     progress:bool=False,
 ) -> list: # loss per step
     "Fit factors to the dense block outputs with dense block inputs (FiPS, section 3; AdamW, weight decay 0.05)."
     Vs,rest = _params(model)
     opt = torch.optim.AdamW(Vs + rest, lr=lr, weight_decay=.05); sched = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
-    pruner,store,losses = Pruner(Vs, s, steps, method, scope), {}, []
+    pruner,store,losses = Pruner(Vs, s, steps, method, scope, pattern), {}, []
     hooks = _record(dense, blocks, store)
-    try:
+    with _learning(model, Vs + rest), contextlib.ExitStack() as stack:
+        for h in hooks: stack.callback(h.remove)
         for t,b in zip(tqdm(range(steps), desc='blocks', disable=not progress, leave=False), _cycle(batches)):
             with torch.no_grad(): feed(dense, b, device)
             loss = 0.
             for name,(a,k,o) in store.items(): loss = loss + F.mse_loss(model.get_submodule(name)(*a, **k), o)
-            opt.zero_grad(); loss.backward(); pruner.step(t, opt); opt.step(); sched.step(); losses.append(loss.item())
-    finally:
-        for h in hooks: h.remove()
-    opt.zero_grad()
+            losses.append(loss.item()); _check_loss(losses[-1], {n: o for n,(_,_,o) in store.items()})
+            opt.zero_grad(); loss.backward(); pruner.step(t, opt); opt.step(); sched.step()
     return losses
 
 # %% ../nbs/03_blockwise_opt.ipynb #03-040
@@ -324,27 +355,25 @@ def match_outputs(
 ) -> list: # mean loss of each epoch run here
     "Fit factors and biases, zeros kept, to the dense outputs; bfloat16 where it is native."
     batches = list(batches); Vs,rest = _params(model); total = epochs*len(batches)
-    wanted = {p: p.requires_grad for p in model.parameters()}
-    for p in wanted: p.requires_grad_(any(p is q for q in Vs + rest))
+    if not batches: raise ValueError("there is no calibration data")
     if lr is None: lr = start_lr(model, dense, batches, kind, device)
     opt = torch.optim.AdamW(Vs + rest, lr=lr, weight_decay=0., betas=(.9, .98)); pruner = Pruner(Vs, method='keep')
     done = _load_progress(state, model, opt) if state and Path(state).exists() else 0
     bar = tqdm(total=total, initial=done*len(batches), desc='outputs', disable=not progress, leave=False); losses = []
     dev = torch.device(device or 'cpu').type
-    for e in range(done, epochs):
-        order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed*1000 + e)).tolist(); tot = 0.
-        for i,j in enumerate(order):
-            t = e*len(batches) + i
-            for g in opt.param_groups: g['lr'] = lr*min(1, (t+1)/20)*(1 + math.cos(math.pi*t/total))/2
-            with torch.autocast(dev, torch.bfloat16, enabled=fast_autocast(device)):
-                with torch.no_grad(): ref = feed(dense, batches[j], device)
-                out = feed(model, batches[j], device)
-            loss = output_loss(out, ref, kind); opt.zero_grad(); loss.backward(); pruner.step(t, opt); opt.step(); tot += loss.item(); bar.update()
-        losses.append(tot/len(batches))
-        if state: _save_progress(state, model, opt, e+1)
-    bar.close()
-    for p,g in wanted.items(): p.requires_grad_(g)
-    opt.zero_grad()
+    with contextlib.closing(bar), _learning(model, Vs + rest):
+        for e in range(done, epochs):
+            order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed*1000 + e)).tolist(); tot = 0.
+            for i,j in enumerate(order):
+                t = e*len(batches) + i
+                for g in opt.param_groups: g['lr'] = lr*min(1, (t+1)/20)*(1 + math.cos(math.pi*t/total))/2
+                with torch.autocast(dev, torch.bfloat16, enabled=fast_autocast(device)):
+                    with torch.no_grad(): ref = feed(dense, batches[j], device)
+                    out = feed(model, batches[j], device)
+                loss = output_loss(out, ref, kind); tot += loss.item(); _check_loss(tot, {'the last layer': ref})
+                opt.zero_grad(); loss.backward(); pruner.step(t, opt); opt.step(); bar.update()
+            losses.append(tot/len(batches))
+            if state: _save_progress(state, model, opt, e+1)
     return losses
 
 # %% ../nbs/03_blockwise_opt.ipynb #03-044
@@ -407,9 +436,23 @@ def configure(
     if unknown := [k for k in overrides if k not in fields]:
         raise ValueError(f"unknown setting {unknown[0]!r}; the nearest are {difflib.get_close_matches(unknown[0], fields, 3, 0.)}")
     cfg = dataclasses.replace(PRESETS[preset], **{k: v for k,v in overrides.items() if v is not None})
-    allowed = dict(basis=('shared', 'identity'), fit=('cg', 'svd', 'blocks'), metric=('input', 'identity', 'scale', 'centred'), ranks=('uniform', 'adaptive'), scope=('layer', 'global'))
+    allowed = dict(basis=('shared', 'identity'), split=('none', 'kind', 'linear', 'up'), extend=('atoms', 'copies'), method=('gmp', 'rigl', 'static', 'keep'), fit=('cg', 'svd', 'blocks'), metric=('input', 'identity', 'scale', 'centred'), ranks=('uniform', 'adaptive'), scope=('layer', 'global'))
     for k,vs in allowed.items():
         if getattr(cfg, k) not in vs: raise ValueError(f"{k} {getattr(cfg, k)!r} is not one of {', '.join(vs)}")
+    for k,least in dict(levels=1, block_steps=1, match_epochs=0).items():
+        if not isinstance(v := getattr(cfg, k), int) or v < least: raise ValueError(f"{k} {v!r} is not an integer of at least {least}")
+    if isinstance(cfg.pattern, list): cfg = dataclasses.replace(cfg, pattern=tuple(cfg.pattern))
+    nm = isinstance(cfg.pattern, tuple) and len(cfg.pattern) == 2 and all(isinstance(x, int) for x in cfg.pattern) and 0 < cfg.pattern[0] <= cfg.pattern[1]
+    if cfg.pattern not in (None, 'fan_in') and not nm: raise ValueError(f"pattern {cfg.pattern!r} is not 'fan_in' or (n, m) with 0 < n <= m")
+    if cfg.pattern and cfg.fit == 'svd': raise ValueError(f"preset {preset!r} has a dense V in closed form; pattern {cfg.pattern!r} needs fit='cg'")
+    if cfg.basis == 'identity' and cfg.fit != 'cg': raise ValueError(f"an identity basis needs fit='cg', not {cfg.fit!r}")
+    for k,least in dict(levels=1, block_steps=1, match_epochs=0).items():
+        if not isinstance(v := getattr(cfg, k), int) or v < least: raise ValueError(f"{k} {v!r} is not an integer of at least {least}")
+    if isinstance(cfg.pattern, list): cfg = dataclasses.replace(cfg, pattern=tuple(cfg.pattern))
+    nm = isinstance(cfg.pattern, tuple) and len(cfg.pattern) == 2 and all(isinstance(x, int) for x in cfg.pattern) and 0 < cfg.pattern[0] <= cfg.pattern[1]
+    if cfg.pattern not in (None, 'fan_in') and not nm: raise ValueError(f"pattern {cfg.pattern!r} is not 'fan_in' or (n, m) with 0 < n <= m")
+    if cfg.pattern and cfg.fit == 'svd': raise ValueError(f"preset {preset!r} has a dense V in closed form; pattern {cfg.pattern!r} needs fit='cg'")
+    if cfg.basis == 'identity' and cfg.fit != 'cg': raise ValueError(f"an identity basis needs fit='cg', not {cfg.fit!r}")
     if cfg.sparsity is not None and not 0 <= cfg.sparsity < 1: raise ValueError(f"sparsity {cfg.sparsity} is outside [0, 1)")
     if cfg.fit == 'svd' and cfg.sparsity: raise ValueError(f"preset {preset!r} has a dense V in closed form; sparsity {cfg.sparsity} needs fit='cg'")
     if cfg.basis == 'identity' and cfg.sparsity is not None: raise ValueError("with an identity basis the budget is the density; leave sparsity out")
@@ -432,10 +475,29 @@ def plan_groups(
     if isinstance(cfg.pattern, tuple): s = 1 - cfg.pattern[0]/cfg.pattern[1]
     size = auto_group(model, mlps, budget, s, seed=seed)[0] if cfg.group_size == 'auto' else cfg.group_size
     groups = group_mlps(mlps, size, cfg.split)
-    if cfg.basis == 'identity': return [(g, 0, budget) for g in groups]
-    return [(g, rank_for_budget(budget, g.d, g.H, s), 1-s) for g in groups]
+    if cfg.basis == 'identity':
+        nm = cfg.pattern if isinstance(cfg.pattern, tuple) else None
+        if nm and abs(nm[0]/nm[1] - budget) > 1e-9: raise ValueError(f"with an identity basis the pattern {nm} is a budget of {nm[0]/nm[1]:g}, not {budget}")
+        return [(g, 0, budget) for g in groups]
+    return [(g, _fitting_rank(budget, g, s, cfg.pattern), 1-s) for g in groups]
+
+def _per_column(pattern, s, r):
+    "Non-zeros in a column of `r` entries."
+    if isinstance(pattern, tuple): n,m = pattern; return max(n, math.ceil((1-s)*m - 1e-9))*(r//m) + min(n, r%m)
+    return max(1, round((1-s)*r)) if pattern == 'fan_in' else (1-s)*r
+
+def _fitting_rank(budget, g, s, pattern):
+    "The largest rank that fits, with what `pattern` rounds up."
+    r = rank_for_budget(budget, g.d, g.H, s)
+    if pattern is None: return r
+    while r > 1 and g.d*r + g.H*_per_column(pattern, s, r) > budget*g.d*g.H + 1e-6: r -= 1
+    return r
 
 # %% ../nbs/03_blockwise_opt.ipynb #03-057
+def _raw(t): return t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+def _raw(t): return t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
 def fingerprint(
     model:nn.Module,
     batches, # re-iterable; the first batch and the number of batches count
@@ -443,9 +505,9 @@ def fingerprint(
 ) -> dict: # part -> digest or text
     "What a run depends on."
     h,first = hashlib.sha256(), next(iter(batches), None)
-    for k,v in model.state_dict().items(): h.update(k.encode()); h.update(v.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if v.dim() else str(v.item()).encode())
+    for k,v in model.state_dict().items(): h.update(k.encode()); h.update(_raw(v))
     x = first if torch.is_tensor(first) else next(iter(first.values() if isinstance(first, dict) else first)) if first is not None else torch.zeros(0)
-    data = hashlib.sha256(x.detach().cpu().contiguous().numpy().tobytes()).hexdigest() + f'/{len(batches)}'
+    data = hashlib.sha256(_raw(x)).hexdigest() + f'/{operator.length_hint(batches)}'
     return dict(model=h.hexdigest(), data=data, settings=json.dumps(settings, sort_keys=True, default=str), torch=torch.__version__)
 
 class State:
@@ -468,13 +530,14 @@ class State:
 
     def part(self, name, make): # `make()` gives a dict of tensors; done parts are read back
         p = self.path(name)
-        if p is not None and p.exists(): return load_file(p)
+        if p is not None and p.exists(): return {k: t.clone() for k,t in load_file(p).items()} # aligned like fresh ones
         out = make()
         if p is not None: write_tensors(p, out)
         return out
 
     def clear(self): # our files only
-        for p in self.folder.glob('*.safetensors'): p.unlink()
+        for p in self.folder.glob('*.safetensors'):
+            if re.fullmatch(r'moments|match|group-\d+', p.stem): p.unlink()
         (self.folder/'fingerprint.json').unlink(missing_ok=True)
 
 # %% ../nbs/03_blockwise_opt.ipynb #03-060
@@ -487,6 +550,8 @@ def round_factors(
     for name,f in factor_layers(model).items():
         for p in (f.U, f.V):
             if p is None: continue
+            if not torch.isfinite(p).all(): raise ValueError(f"a factor of {name} holds NaN or infinity")
+            if not torch.isfinite(p).all(): raise ValueError(f"a factor of {name} holds NaN or infinity")
             q = p.to(dtype)
             if not torch.isfinite(q).all(): raise ValueError(f"a factor of {name} exceeds the range of {dtype}; use dtype=torch.bfloat16")
             p.copy_(q)
@@ -511,7 +576,7 @@ def _shift_bias(layer, W, mean):
     "Make the mean output exact again (AAFM)."
     E = W - layer.V if layer.U is None else W - layer.U.detach()@layer.V.detach()
     d = mean.to(E)@E if layer.role == 'up' else E@mean.to(E)
-    layer.bias = nn.Parameter(d if layer.bias is None else layer.bias.detach() + d)
+    layer.bias = nn.Parameter((d if layer.bias is None else layer.bias.detach() + d).to(layer.V.dtype), requires_grad=layer.V.requires_grad if layer.bias is None else layer.bias.requires_grad)
 
 # %% ../nbs/03_blockwise_opt.ipynb #03-061
 @dataclass
@@ -557,9 +622,15 @@ def compress(
     "Compress the MLPs of `model` under `budget`."
     t0,cfg = time.perf_counter(), configure(preset, **overrides)
     plan = plan_groups(model, cfg, budget, filter_fn, seed)
+    if not dtype.is_floating_point: raise ValueError(f"{dtype} cannot hold factors; use a floating-point dtype")
+    if not dtype.is_floating_point: raise ValueError(f"{dtype} cannot hold factors; use a floating-point dtype")
     for g,_,_ in plan: weights(model, g) # refuses NaN before any work
+    for k,v in model.state_dict().items():
+        if not torch.isfinite(v).all(): raise ValueError(f"{k} holds NaN or infinity")
+    for k,v in model.state_dict().items():
+        if not torch.isfinite(v).all(): raise ValueError(f"{k} holds NaN or infinity")
     if iter(batches) is batches: batches = list(batches)
-    st = State(state, fingerprint(model, batches, budget=budget, cfg=dataclasses.asdict(cfg), seed=seed, dtype=dtype) if state else {}, resume)
+    st = State(state, fingerprint(model, batches, budget=budget, cfg=dataclasses.asdict(cfg), seed=seed, dtype=dtype, layers=[[l.name for l in g.linears] for g,_,_ in plan]) if state else {}, resume)
     home = next(model.parameters()).device; device = torch.device(device or home)
     dense = copy.deepcopy(model).to(device).eval(); out = copy.deepcopy(dense); secs = {}
     def lap(name, t=[time.perf_counter()]): secs[name] = round(time.perf_counter() - t[0], 2); t[0] = time.perf_counter()
@@ -581,9 +652,8 @@ def compress(
                 for l,W in zip(g.linears, Ws): _shift_bias(out.get_submodule(l.name), W, moments[l.name].mean)
             layers += [dict(name=l.name, role=l.role, group=g.name, rank=r, error=e, damp=M.damp) for l,e,M in zip(g.linears, group_error(Ws, Ms, U, Vs), Ms)]
     lap('factors')
-    torch.manual_seed(seed)
     if cfg.fit == 'blocks':
-        match_blocks(out, dense, batches, list(dict.fromkeys(m.block for m in find_mlps(dense, filter_fn))), 1-plan[0][2], cfg.block_steps, method=cfg.method, scope=cfg.scope, device=device, progress=progress)
+        match_blocks(out, dense, batches, list(dict.fromkeys(m.block for m in find_mlps(dense, filter_fn))), 1-plan[0][2], cfg.block_steps, method=cfg.method, scope=cfg.scope, pattern=cfg.pattern, device=device, progress=progress)
         lap('blocks')
     if cfg.match_epochs:
         match_outputs(out, dense, batches, cfg.match_epochs, device=device, seed=seed, state=st.path('match'), progress=progress)

@@ -119,6 +119,7 @@ def _split(ms, split):
 
 def _named_runs(mlps, names):
     "Runs from explicit lists of MLP names, every MLP at most once, equal widths within a list."
+    if not names or not all(names): raise ValueError(f"group size {names!r} holds an empty group")
     by,used = {m.name: m for m in mlps}, [n for ns in names for n in ns]
     if unknown := [n for n in used if n not in by]:
         raise ValueError(f"no MLP named {unknown[0]!r}; the nearest are {difflib.get_close_matches(unknown[0], by, 3, 0.)}")
@@ -178,7 +179,7 @@ def predict_error(
     for _ in range(steps):
         V = V + step*U.T@(X - U@V)
         V = V*(V.abs() >= V.abs().topk(k, dim=0).values[-1])
-    return ((X - U@V).pow(2).sum()/X.pow(2).sum()).item()
+    return ((X - U@V).pow(2).sum()/X.pow(2).sum().clamp_min(1e-30)).item()
 
 # %% ../nbs/01_grouping.ipynb #01-038
 def auto_group(

@@ -76,8 +76,12 @@ def factorize(
     basis = None
     for l,V in zip(group.linears, Vs):
         old = model.get_submodule(l.name); w = old.weight
-        if basis is None and U is not None: basis = nn.Parameter(U.to(w).contiguous())
-        model.set_submodule(l.name, FactorLinear(basis, V.to(w).contiguous(), l.role, None if old.bias is None else old.bias.detach().clone()).train(old.training))
+        if basis is None and U is not None: basis = nn.Parameter(U.to(w).contiguous(), requires_grad=False)
+        new = FactorLinear(basis, V.to(w).contiguous(), l.role, None if old.bias is None else old.bias.detach().clone()).train(old.training)
+        new.V.requires_grad_(w.requires_grad)
+        if basis is not None: basis.requires_grad_(basis.requires_grad or w.requires_grad)
+        if old.bias is not None: new.bias.requires_grad_(old.bias.requires_grad)
+        model.set_submodule(l.name, new)
     return model
 
 def factor_layers(

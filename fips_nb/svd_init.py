@@ -82,8 +82,9 @@ def copy_rows(
     tau:float=32., # divisor of the copied rows
 ) -> tuple[torch.Tensor,list]: # `U` (d, r), projections (r, h_i), same products
     "Extend the factors to rank `r` by zero columns of `U` and copied rows of `V` over `tau` (FiPS, section 3)."
-    k,idx = U.shape[1], torch.arange(r - U.shape[1], device=U.device) % U.shape[1]
+    k = U.shape[1]
     if r < k: raise ValueError(f"rank {r} is below the present {k}")
+    idx = torch.arange(r-k, device=U.device) % k
     return torch.cat([U, U.new_zeros(U.shape[0], r-k)], 1), [torch.cat([V, V[idx]/tau]) for V in Vs]
 
 # %% ../nbs/00_svd_init.ipynb #00-035
@@ -113,6 +114,6 @@ def svd_init(
     U,_ = truncate(A, min(r, *A.shape))
     k = U.shape[1]
     if r > k and extend == 'atoms': U = torch.cat([U, sample_atoms(Ws, r-k, seed)], 1)
-    P = torch.linalg.pinv(U.double()).to(U.dtype) # least-norm coordinates
+    P = torch.linalg.pinv(U.double(), rtol=1e-6).to(U.dtype) # least-norm coordinates
     Vs = [P@W for W in Ws]
     return copy_rows(U, Vs, r) if r > k and extend == 'copies' else (U, Vs)

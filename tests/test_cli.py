@@ -173,7 +173,7 @@ def test_bad_calibration_folders(fips, tmp_path):
 @pytest.mark.parametrize("change, said", [
     (lambda sd: sd.pop("blocks.3.mlp.fc1.weight"), "1 keys missing (blocks.3.mlp.fc1.weight)"), (lambda sd: sd.update(more=torch.ones(1)), "1 keys unexpected (more)"),
     (lambda sd: sd.update({"norm.bias": torch.ones(3)}), "norm.bias (3,) instead of (40,)"), (lambda sd: sd["blocks.2.mlp.fc2.weight"].fill_(float("nan")), "blocks.2.mlp.fc2"),
-    (lambda sd: sd["blocks.1.attn.qkv.weight"].fill_(float("inf")), "blocks.1.mlp.fc1"),
+    (lambda sd: sd["blocks.1.attn.qkv.weight"].fill_(float("inf")), "blocks.1.attn.qkv"),
 ])
 def test_broken_weights(fips, change, said):
     sd = demo_vit().state_dict(); change(sd); save_file(sd, "w.safetensors")
