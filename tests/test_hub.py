@@ -14,12 +14,7 @@ from fips_nb.sparse_factors import factor_layers, factorize, topk_mask
 from fips_nb.svd_init import svd_init
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

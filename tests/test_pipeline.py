@@ -8,18 +8,13 @@ from timm.models.vision_transformer import ParallelThingsBlock
 from torch import nn
 
 from fips_nb import blockwise_opt as bo
-from fips_nb.blockwise_opt import PRESETS, Metric, collect_moments, compress, configure, fit_group, layer_metric, match_blocks, match_outputs, refit_u, refit_v
-from fips_nb.grouping import find_mlps, group_mlps, weights
-from fips_nb.sparse_factors import FactorLinear, Pruner, factor_layers, factorize, fan_in_mask, global_masks, nm_mask, rigl_mask, to_dense, topk_mask
+from fips_nb.blockwise_opt import PRESETS, Metric, collect_moments, compress, match_blocks, match_outputs, refit_u, refit_v
+from fips_nb.grouping import find_mlps
+from fips_nb.sparse_factors import factor_layers, fan_in_mask, global_masks, nm_mask, rigl_mask, to_dense, topk_mask
 from fips_nb.svd_init import copy_rows, rank_for_budget, regularize, svd_init
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 SMALL = dict(embed_dim=16, depth=2, num_heads=2, num_classes=5)
