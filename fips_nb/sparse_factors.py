@@ -13,9 +13,22 @@ from torch import nn
 import torch.nn.functional as F
 from .svd_init import orient
 
+# %% ../nbs/02_sparse_factors.ipynb #02-006a
+class _Cache:
+    "A tensor kept until the parameters it is made of change; copies and pickles start empty."
+    def __init__(self): self.kept = None, None
+
+    def get(self, params, make):
+        "What `make()` gives, or gave for the same `params`; edits through `p.data` are not noticed."
+        key,kept = [(p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version) for p in params if p is not None], self.kept
+        if kept[0] != key: kept = self.kept = key, make()
+        return kept[1]
+
+    def __reduce__(self): return _Cache, ()
+
 # %% ../nbs/02_sparse_factors.ipynb #02-007
 class FactorLinear(nn.Module):
-    "`x -> x W.T + bias` with the oriented weight `W = U V`; `U` None stands for the identity."
+    "`x -> x W.T + bias` with the oriented weight `W = U V`; `U` None stands for the identity. Without gradients `W` is kept until a factor changes; edits through `p.data` are not noticed."
     def __init__(self,
         U:nn.Parameter|None, # basis (d, r), shared between layers by passing the same parameter
         V:torch.Tensor, # projection (r, h), or (d, h) without a basis
@@ -27,7 +40,7 @@ class FactorLinear(nn.Module):
         if U is not None and U.shape[1] != V.shape[0]: raise ValueError(f"U {tuple(U.shape)} and V {tuple(V.shape)} do not share a rank")
         self.role,self.U,self.V = role, U, nn.Parameter(V)
         self.bias = None if bias is None else nn.Parameter(bias)
-        self._dense = None
+        self._dense = _Cache()
 
     @property
     def weight(self) -> torch.Tensor:
@@ -46,23 +59,17 @@ class FactorLinear(nn.Module):
         return self._d if self.role == 'up' else self.V.shape[1]
 
     @property
-    def _d(self): return (self.V if self.U is None else self.U).shape[0]
+    def _d(self): return len(self.V if self.U is None else self.U)
 
-    def _cached(self):
-        "`weight`, kept until a factor changes; with gradients always fresh."
-        if torch.is_grad_enabled(): return self.weight
-        key = [(p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version) for p in (self.U, self.V) if p is not None]
-        if self._dense is None or self._dense[0] != key: self._dense = key, self.weight.contiguous()
-        return self._dense[1]
+    def train(self, mode=True): self._dense = _Cache(); return super().train(mode)
 
     def forward(self, x):
         if self.U is not None and self.U.shape[1]*(self._d + self.V.shape[1]) < self._d*self.V.shape[1]:
             return F.linear(x@self.U, self.V.T, self.bias) if self.role == 'up' else F.linear(x@self.V.T, self.U, self.bias)
-        return F.linear(x, self._cached(), self.bias)
+        W = self.weight if torch.is_grad_enabled() else self._dense.get((self.U, self.V), lambda: self.weight.contiguous())
+        return F.linear(x, W, self.bias)
 
-    def extra_repr(self):
-        r = 'identity' if self.U is None else self.U.shape[1]
-        return f'{self.in_features} -> {self.out_features}, rank={r}, density={(self.V != 0).float().mean():.3f}'
+    def extra_repr(self): return f"{self.in_features} -> {self.out_features}, rank={'identity' if self.U is None else self.U.shape[1]}, density={(self.V != 0).float().mean():.3f}"
 
 # %% ../nbs/02_sparse_factors.ipynb #02-012
 def factorize(
@@ -73,13 +80,11 @@ def factorize(
 ) -> nn.Module: # `model`
     "Replace the linears of `group` by `FactorLinear`s that share one basis parameter; biases stay."
     if len(Vs) != len(group.linears): raise ValueError(f"{len(Vs)} projections for the {len(group.linears)} linears of {group.name}")
-    basis = None
-    for l,V in zip(group.linears, Vs):
-        old = model.get_submodule(l.name); w = old.weight
-        if basis is None and U is not None: basis = nn.Parameter(U.to(w).contiguous(), requires_grad=False)
-        new = FactorLinear(basis, V.to(w).contiguous(), l.role, None if old.bias is None else old.bias.detach().clone()).train(old.training)
-        new.V.requires_grad_(w.requires_grad)
-        if basis is not None: basis.requires_grad_(basis.requires_grad or w.requires_grad)
+    olds = [model.get_submodule(l.name) for l in group.linears]
+    basis = None if U is None else nn.Parameter(U.to(olds[0].weight).contiguous(), requires_grad=any(o.weight.requires_grad for o in olds))
+    for l,old,V in zip(group.linears, olds, Vs):
+        new = FactorLinear(basis, V.to(old.weight).contiguous(), l.role, None if old.bias is None else old.bias.detach().clone()).train(old.training)
+        new.V.requires_grad_(old.weight.requires_grad)
         if old.bias is not None: new.bias.requires_grad_(old.bias.requires_grad)
         model.set_submodule(l.name, new)
     return model
@@ -193,6 +198,24 @@ def rigl_mask(
     grow = g.masked_fill(m, -1).topk(move, dim=0).indices
     return torch.zeros_like(m).scatter_(0, keep, True).scatter_(0, grow, True).view_as(mask)
 
+# %% ../nbs/02_sparse_factors.ipynb #02-035a
+def _check_pruning(s, method, scope, pattern):
+    "Refuse settings of a `Pruner` that contradict each other."
+    if method not in ('gmp', 'rigl', 'static', 'keep'): raise ValueError(f"method {method!r} is not 'gmp', 'rigl', 'static' or 'keep'")
+    if scope not in ('layer', 'global'): raise ValueError(f"scope {scope!r} is not 'layer' or 'global'")
+    if not 0 <= s < 1: raise ValueError(f"sparsity {s} is outside [0, 1)")
+    if pattern is not None and scope == 'global': raise ValueError("a pattern fixes the count per layer; use scope='layer'")
+    if method == 'rigl' and isinstance(pattern, tuple): raise ValueError("RigL moves entries freely; use 'gmp' or 'static' for N:M")
+
+@torch.no_grad()
+def _zero_dead(params, masks, opt=None):
+    "Zero dead entries of parameters, gradients and moments."
+    for p,m in zip(params, masks):
+        p.mul_(m)
+        if p.grad is not None: p.grad.mul_(m)
+        for v in (opt.state.get(p, {}).values() if opt else ()):
+            if torch.is_tensor(v) and v.shape == p.shape: v.mul_(m)
+
 # %% ../nbs/02_sparse_factors.ipynb #02-036
 class Pruner:
     "Masks of `params` on a schedule: 'gmp', 'rigl', 'static' (magnitude at the start) or 'keep' (the present zeros)."
@@ -206,29 +229,16 @@ class Pruner:
         every:int=50, # steps between updates
         frac:float=.1, # RigL: share moved, cosine-decayed
     ):
-        if method not in ('gmp', 'rigl', 'static', 'keep'): raise ValueError(f"method {method!r} is not 'gmp', 'rigl', 'static' or 'keep'")
-        if scope not in ('layer', 'global'): raise ValueError(f"scope {scope!r} is not 'layer' or 'global'")
-        if not 0 <= s < 1: raise ValueError(f"sparsity {s} is outside [0, 1)")
-        if pattern is not None and scope == 'global': raise ValueError("a pattern fixes the count per layer; use scope='layer'")
-        if method == 'rigl' and isinstance(pattern, tuple): raise ValueError("RigL moves entries freely; use 'gmp' or 'static' for N:M")
+        _check_pruning(s, method, scope, pattern)
         self.params,self.steps,self.method,self.scope,self.pattern,self.every,self.frac = list(params), steps, method, scope, pattern, every, frac
         self.s = 1 - pattern[0]/pattern[1] if isinstance(pattern, tuple) else s
         self.masks = [p.detach() != 0 for p in self.params]
         if method != 'keep': self.masks = self._magnitude_masks(gmp_sparsity(0, steps, self.s) if method == 'gmp' else self.s)
-        self._apply(None)
+        _zero_dead(self.params, self.masks)
 
     def _magnitude_masks(self, s):
         "Masks of the largest entries at sparsity `s`."
         return pick_masks([p.detach().abs() for p in self.params], 1-s, self.scope, self.pattern)
-
-    @torch.no_grad()
-    def _apply(self, opt):
-        "Zero dead entries of parameters, gradients and moments."
-        for p,m in zip(self.params, self.masks):
-            p.mul_(m)
-            if p.grad is not None: p.grad.mul_(m)
-            for v in (opt.state.get(p, {}).values() if opt else ()):
-                if torch.is_tensor(v) and v.shape == p.shape: v.mul_(m)
 
     def step(self,
         t:int, # step, from 0
@@ -240,4 +250,4 @@ class Pruner:
         if self.method == 'rigl' and t % self.every == 0 and 0 < t < end:
             frac = self.frac/2*(1 + math.cos(math.pi*t/end))
             self.masks = [rigl_mask(p.detach(), m, p.grad, frac, self.pattern == 'fan_in') for p,m in zip(self.params, self.masks)]
-        self._apply(opt)
+        _zero_dead(self.params, self.masks, opt)
