@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'Moments', 'feed', 'collect_moments', 'Metric', 'layer_metric', 'v_hessian', 'refit_v', 'refit_u',
            'group_error', 'fit_group', 'fit_svd', 'adaptive_ranks', 'match_blocks', 'output_loss', 'start_lr',
            'fast_autocast', 'match_outputs', 'write_tensors', 'read_meta', 'Config', 'configure', 'plan_groups',
-           'fingerprint', 'State', 'round_factors', 'Compressed', 'size_report', 'compress']
+           'fingerprint', 'clear_state', 'State', 'round_factors', 'Compressed', 'size_report', 'compress']
 
 # %% ../nbs/03_blockwise_opt.ipynb #03-003
 import contextlib, copy, dataclasses, difflib, hashlib, json, math, operator, os, re, time
@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
-from .svd_init import orient, rank_for_budget, regularize, svd_init, weighted_truncate
+from .svd_init import rank_for_budget, regularize, svd_init, weighted_truncate, whiten
 from .grouping import auto_group, factor_bytes, find_mlps, group_mlps, weights
-from .sparse_factors import FactorLinear, Pruner, cubic_density, factor_layers, factorize, pick_masks
+from .sparse_factors import Pruner, cubic_density, factor_layers, factorize, pick_masks
 
 # %% ../nbs/03_blockwise_opt.ipynb #03-007
 @dataclass
@@ -35,8 +35,9 @@ def feed(
     batch, # tensor, tuple or list (first item counts), or dict of keyword arguments
     device=None, # where the model is
 ):
-    "Run `model` on one `batch`."
-    put = lambda x: x.to(device) if torch.is_tensor(x) and device is not None else x
+    "Run `model` on one `batch`, in the model's dtype."
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    put = lambda x: x.to(device, dtype if x.is_floating_point() else None) if torch.is_tensor(x) else x
     if isinstance(batch, dict): return model(**{k: put(v) for k,v in batch.items()})
     return model(put(batch[0] if isinstance(batch, (tuple, list)) else batch))
 
@@ -72,12 +73,6 @@ def collect_moments(
     return {k: Moments((C/n).float(), (m/n).float(), (a/n).float(), n) for k,(C,m,a,n) in acc.items()}
 
 # %% ../nbs/03_blockwise_opt.ipynb #03-014
-def _centred(m):
-    "Covariance; a constant input keeps a millionth of its second moment, as rounding would leave it indefinite."
-    C = m.C.double() - torch.outer(m.mean.double(), m.mean.double()); v = C.diagonal()
-    v.copy_(torch.maximum(v, 1e-6*m.C.diagonal()))
-    return C
-
 def _centred(m):
     "Covariance; a constant input keeps a millionth of its second moment, as rounding would leave it indefinite."
     C = m.C.double() - torch.outer(m.mean.double(), m.mean.double()); v = C.diagonal()
@@ -153,6 +148,7 @@ def refit_v(
     else: A = lambda P: mask*Ut(M.apply(P if U is None else U@P))
     return _conjugate_gradient(A, mask*Ut(M.apply(W)), V*mask, v_hessian(U, M, V.shape), steps)
 
+# %% ../nbs/03_blockwise_opt.ipynb #03-018b
 def refit_u(
     Ws:list, # weights (d, h_i)
     Ms:list, # their metrics
@@ -221,9 +217,7 @@ def adaptive_ranks(
     "Ranks that explain most of the outputs for `params` parameters, greedily over the weighted spectra."
     gains = []
     for i,(W,M) in enumerate(zip(Ws, Ms)):
-        A = W.double() if M.L is None else torch.linalg.cholesky(M.L.double()).T@W.double()
-        if M.R is not None: A = A@torch.linalg.cholesky(M.R.double())
-        e = torch.linalg.svdvals(A).pow(2)
+        e = torch.linalg.svdvals(whiten(W, M.L, M.R)[0]).pow(2)
         gains += [(g/sum(W.shape), i) for g in (e/e.sum().clamp_min(1e-30)).tolist()[1:]]
     ranks,left = [1]*len(Ws), params - sum(sum(W.shape) for W in Ws)
     if left < 0: raise ValueError(f"budget is too small for one basis vector per layer; the smallest possible is {sum(sum(W.shape) for W in Ws)/sum(W.numel() for W in Ws):.4g}")
@@ -238,7 +232,7 @@ def _record(model, blocks, store):
     hook = lambda name: lambda m,a,k,o: store.__setitem__(name, (a, k, o))
     return [model.get_submodule(b).register_forward_hook(hook(b), with_kwargs=True) for b in blocks]
 
-def _params(model, V=True):
+def _params(model):
     "Factors and biases of the factorised layers, each once; projections apart."
     fs = list(factor_layers(model).values())
     rest = dict.fromkeys([f.U for f in fs if f.U is not None] + [f.bias for f in fs if f.bias is not None])
@@ -267,6 +261,7 @@ def _check_loss(loss, refs):
     bad = next((n for n,o in refs.items() if not torch.isfinite(o).all()), None)
     raise ValueError(f"the outputs of {bad} of the dense model hold NaN or infinity; its weights or the calibration data are broken" if bad else "matching diverged: the loss is NaN or infinity; a smaller lr helps")
 
+# %% ../nbs/03_blockwise_opt.ipynb #03-037b
 def match_blocks(
     model:nn.Module, # factorised, changed in place
     dense:nn.Module, # the model it came from
@@ -341,6 +336,7 @@ def _load_progress(path, model, opt):
         p.copy_(ts[f'p{i}']); opt.state[p] = {k: ts[f'{k}{i}'].to(p.device if k != 'step' else 'cpu') for k in ('step', 'exp_avg', 'exp_avg_sq')}
     return int(read_meta(path)['epoch'])
 
+# %% ../nbs/03_blockwise_opt.ipynb #03-042b
 def match_outputs(
     model:nn.Module, # factorised, changed in place
     dense:nn.Module, # the model it came from
@@ -377,17 +373,20 @@ def match_outputs(
     return losses
 
 # %% ../nbs/03_blockwise_opt.ipynb #03-044
+@contextlib.contextmanager
+def _replacing(path):
+    "A temporary name beside `path`, which takes its place if all goes well."
+    tmp = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+    try: yield tmp; os.replace(tmp, path)
+    finally: tmp.unlink(missing_ok=True)
+
 def write_tensors(
     path, # file
     tensors:dict, # name -> tensor
     **meta, # stored as text in the header
 ):
     "Write a safetensors file atomically."
-    path = Path(path); tmp = path.with_name(path.name + f'.{os.getpid()}.tmp')
-    try:
-        save_file({k: v.detach().cpu().contiguous() for k,v in tensors.items()}, tmp, {k: str(v) for k,v in meta.items()})
-        os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
+    with _replacing(Path(path)) as tmp: save_file({k: v.detach().cpu().contiguous() for k,v in tensors.items()}, tmp, {k: str(v) for k,v in meta.items()})
 
 def read_meta(path) -> dict:
     "Header text of a safetensors file."
@@ -446,13 +445,6 @@ def configure(
     if cfg.pattern not in (None, 'fan_in') and not nm: raise ValueError(f"pattern {cfg.pattern!r} is not 'fan_in' or (n, m) with 0 < n <= m")
     if cfg.pattern and cfg.fit == 'svd': raise ValueError(f"preset {preset!r} has a dense V in closed form; pattern {cfg.pattern!r} needs fit='cg'")
     if cfg.basis == 'identity' and cfg.fit != 'cg': raise ValueError(f"an identity basis needs fit='cg', not {cfg.fit!r}")
-    for k,least in dict(levels=1, block_steps=1, match_epochs=0).items():
-        if not isinstance(v := getattr(cfg, k), int) or v < least: raise ValueError(f"{k} {v!r} is not an integer of at least {least}")
-    if isinstance(cfg.pattern, list): cfg = dataclasses.replace(cfg, pattern=tuple(cfg.pattern))
-    nm = isinstance(cfg.pattern, tuple) and len(cfg.pattern) == 2 and all(isinstance(x, int) for x in cfg.pattern) and 0 < cfg.pattern[0] <= cfg.pattern[1]
-    if cfg.pattern not in (None, 'fan_in') and not nm: raise ValueError(f"pattern {cfg.pattern!r} is not 'fan_in' or (n, m) with 0 < n <= m")
-    if cfg.pattern and cfg.fit == 'svd': raise ValueError(f"preset {preset!r} has a dense V in closed form; pattern {cfg.pattern!r} needs fit='cg'")
-    if cfg.basis == 'identity' and cfg.fit != 'cg': raise ValueError(f"an identity basis needs fit='cg', not {cfg.fit!r}")
     if cfg.sparsity is not None and not 0 <= cfg.sparsity < 1: raise ValueError(f"sparsity {cfg.sparsity} is outside [0, 1)")
     if cfg.fit == 'svd' and cfg.sparsity: raise ValueError(f"preset {preset!r} has a dense V in closed form; sparsity {cfg.sparsity} needs fit='cg'")
     if cfg.basis == 'identity' and cfg.sparsity is not None: raise ValueError("with an identity basis the budget is the density; leave sparsity out")
@@ -496,8 +488,6 @@ def _fitting_rank(budget, g, s, pattern):
 # %% ../nbs/03_blockwise_opt.ipynb #03-057
 def _raw(t): return t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
-def _raw(t): return t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-
 def fingerprint(
     model:nn.Module,
     batches, # re-iterable; the first batch and the number of batches count
@@ -510,6 +500,18 @@ def fingerprint(
     data = hashlib.sha256(_raw(x)).hexdigest() + f'/{operator.length_hint(batches)}'
     return dict(model=h.hexdigest(), data=data, settings=json.dumps(settings, sort_keys=True, default=str), torch=torch.__version__)
 
+# %% ../nbs/03_blockwise_opt.ipynb #03-057b
+def clear_state(
+    folder, # of a `State`
+    remove:bool=False, # also the folder, if nothing else is in it
+):
+    "Remove the files of a run from `folder`, and no others."
+    for p in sorted(Path(folder).glob('*'), reverse=True): # the fingerprint last: it tells whose folder this is
+        if re.fullmatch(r'((moments|match|group-\d+)\.safetensors|fingerprint\.json)(\.\d+\.tmp)?', p.name): p.unlink(missing_ok=True)
+    if remove:
+        with contextlib.suppress(OSError): Path(folder).rmdir()
+
+# %% ../nbs/03_blockwise_opt.ipynb #03-057c
 class State:
     "Finished parts of a run in `folder`; without a folder nothing is kept."
     def __init__(self,
@@ -524,7 +526,9 @@ class State:
             old = json.loads(f.read_text())
             if differ := [k for k in print_ if old.get(k) != print_[k]]:
                 raise ValueError(f"cannot resume from {folder}: {' and '.join(differ)} differ from the run that was interrupted; repeat its command, or start afresh without resume")
-        else: self.clear(); f.write_text(json.dumps(print_))
+        else:
+            clear_state(self.folder)
+            with _replacing(f) as tmp: tmp.write_text(json.dumps(print_))
 
     def path(self, name): return None if self.folder is None else self.folder/f'{name}.safetensors'
 
@@ -534,11 +538,6 @@ class State:
         out = make()
         if p is not None: write_tensors(p, out)
         return out
-
-    def clear(self): # our files only
-        for p in self.folder.glob('*.safetensors'):
-            if re.fullmatch(r'moments|match|group-\d+', p.stem): p.unlink()
-        (self.folder/'fingerprint.json').unlink(missing_ok=True)
 
 # %% ../nbs/03_blockwise_opt.ipynb #03-060
 @torch.no_grad()
@@ -550,7 +549,6 @@ def round_factors(
     for name,f in factor_layers(model).items():
         for p in (f.U, f.V):
             if p is None: continue
-            if not torch.isfinite(p).all(): raise ValueError(f"a factor of {name} holds NaN or infinity")
             if not torch.isfinite(p).all(): raise ValueError(f"a factor of {name} holds NaN or infinity")
             q = p.to(dtype)
             if not torch.isfinite(q).all(): raise ValueError(f"a factor of {name} exceeds the range of {dtype}; use dtype=torch.bfloat16")
@@ -601,8 +599,35 @@ def size_report(
         d,r = (0, 0) if ls[0].U is None else ls[0].U.shape
         nnz = [int((f.V != 0).sum()) for f in ls]
         kept += d*r + sum(nnz); nbytes += factor_bytes(d, r, nnz, [f.V.numel() for f in ls])
-    total = sum(p.numel() for p in model.parameters()) - sum(f.V.numel() for f in fs.values()) - sum({id(f.U): f.U.numel() for f in fs.values() if f.U is not None}.values())
-    return dict(mlp_budget=kept/dense, mlp_params=kept, mlp_dense_params=dense, model_params=total+kept, model_ratio=(total+kept)/(total+dense), mlp_bytes=nbytes, mlp_dense_bytes=2*dense)
+    factors = {id(p) for f in fs.values() for p in (f.U, f.V)}
+    rest = sum(p.numel() for p in model.parameters() if id(p) not in factors)
+    return dict(mlp_budget=kept/dense, mlp_params=kept, mlp_dense_params=dense, model_params=rest+kept, model_ratio=(rest+kept)/(rest+dense), mlp_bytes=nbytes, mlp_dense_bytes=2*dense)
+
+# %% ../nbs/03_blockwise_opt.ipynb #03-061b
+def _problem(dense, group, moments, kind):
+    "Weights of `group` and their metrics."
+    Ws = weights(dense, group)
+    return Ws, [layer_metric(W, l.role, moments and moments[l.name], kind) for W,l in zip(Ws, group.linears)]
+
+def _adapt_ranks(plan, dense, moments, kind, budget):
+    "`plan` with ranks that follow the spectra."
+    Ws,Ms = (sum(xs, []) for xs in zip(*(_problem(dense, g, moments, kind) for g,_,_ in plan)))
+    return [(g, r, dn) for (g,_,dn),r in zip(plan, adaptive_ranks(Ws, Ms, budget*sum(W.numel() for W in Ws)))]
+
+def _factorize_groups(out, dense, plan, moments, cfg, st, seed, progress):
+    "Fit all groups of `plan` and put their factors into `out`; the report's entry of each layer."
+    layers = []
+    with tqdm(total=len(plan)*(cfg.levels if cfg.fit == 'cg' else 1), desc='factors', disable=not progress, leave=False) as bar:
+        for i,(g,r,dn) in enumerate(plan):
+            Ws,Ms = _problem(dense, g, moments, cfg.metric)
+            def make(): U,Vs = _fit(cfg, Ws, Ms, r, dn, seed, bar.update); return {f'V{k}': V for k,V in enumerate(Vs)} | ({} if U is None else {'U': U})
+            ts = {k: t.to(Ws[0].device) for k,t in st.part(f'group-{i}', make).items()}
+            U,Vs = ts.get('U'), [ts[f'V{k}'] for k in range(len(Ws))]
+            factorize(out, g, U, Vs)
+            if cfg.metric == 'centred':
+                for l,W in zip(g.linears, Ws): _shift_bias(out.get_submodule(l.name), W, moments[l.name].mean)
+            layers += [dict(name=l.name, role=l.role, group=g.name, rank=r, error=e, damp=M.damp) for l,e,M in zip(g.linears, group_error(Ws, Ms, U, Vs), Ms)]
+    return layers
 
 # %% ../nbs/03_blockwise_opt.ipynb #03-062
 def compress(
@@ -623,10 +648,6 @@ def compress(
     t0,cfg = time.perf_counter(), configure(preset, **overrides)
     plan = plan_groups(model, cfg, budget, filter_fn, seed)
     if not dtype.is_floating_point: raise ValueError(f"{dtype} cannot hold factors; use a floating-point dtype")
-    if not dtype.is_floating_point: raise ValueError(f"{dtype} cannot hold factors; use a floating-point dtype")
-    for g,_,_ in plan: weights(model, g) # refuses NaN before any work
-    for k,v in model.state_dict().items():
-        if not torch.isfinite(v).all(): raise ValueError(f"{k} holds NaN or infinity")
     for k,v in model.state_dict().items():
         if not torch.isfinite(v).all(): raise ValueError(f"{k} holds NaN or infinity")
     if iter(batches) is batches: batches = list(batches)
@@ -636,21 +657,8 @@ def compress(
     def lap(name, t=[time.perf_counter()]): secs[name] = round(time.perf_counter() - t[0], 2); t[0] = time.perf_counter()
     moments = None if cfg.metric == 'identity' else _moments(dense, batches, plan, st, device, progress)
     lap('moments')
-    metrics_of = lambda g,Ws: [layer_metric(W, l.role, moments and moments[l.name], cfg.metric) for W,l in zip(Ws, g.linears)]
-    if cfg.ranks == 'adaptive':
-        Ws,Ms = zip(*((W, M) for g,_,_ in plan for Ws in [weights(dense, g)] for W,M in zip(Ws, metrics_of(g, Ws))))
-        plan = [(g, r, dn) for (g,_,dn),r in zip(plan, adaptive_ranks(Ws, Ms, budget*sum(W.numel() for W in Ws)))]
-    layers = []
-    with tqdm(total=len(plan)*(cfg.levels if cfg.fit == 'cg' else 1), desc='factors', disable=not progress, leave=False) as bar:
-        for i,(g,r,dn) in enumerate(plan):
-            Ws = weights(dense, g); Ms = metrics_of(g, Ws)
-            def make(): U,Vs = _fit(cfg, Ws, Ms, r, dn, seed, bar.update); return {f'V{k}': V for k,V in enumerate(Vs)} | ({} if U is None else {'U': U})
-            ts = st.part(f'group-{i}', make); U,Vs = ts.get('U'), [ts[f'V{k}'].to(device) for k in range(len(Ws))]
-            U = None if U is None else U.to(device)
-            factorize(out, g, U, Vs)
-            if cfg.metric == 'centred':
-                for l,W in zip(g.linears, Ws): _shift_bias(out.get_submodule(l.name), W, moments[l.name].mean)
-            layers += [dict(name=l.name, role=l.role, group=g.name, rank=r, error=e, damp=M.damp) for l,e,M in zip(g.linears, group_error(Ws, Ms, U, Vs), Ms)]
+    if cfg.ranks == 'adaptive': plan = _adapt_ranks(plan, dense, moments, cfg.metric, budget)
+    layers = _factorize_groups(out, dense, plan, moments, cfg, st, seed, progress)
     lap('factors')
     if cfg.fit == 'blocks':
         match_blocks(out, dense, batches, list(dict.fromkeys(m.block for m in find_mlps(dense, filter_fn))), 1-plan[0][2], cfg.block_steps, method=cfg.method, scope=cfg.scope, pattern=cfg.pattern, device=device, progress=progress)

@@ -239,12 +239,6 @@ def _check_out(a, state):
     hub._check_target(out, True) # other people's files are not replaced
     if state.exists() and (not state.is_dir() or (any(state.iterdir()) and not (state/'fingerprint.json').exists())): raise ValueError(f"{state} is where the state of the run would go, and it holds something else; name another --out")
 
-def _drop_state(state, even_finished=True):
-    "Remove our files in the state folder, and the folder if nothing else is in it."
-    if not state.is_dir() or (not even_finished and any(state.glob('*.safetensors'))): return
-    for p in [*state.glob('*.safetensors'), *state.glob('*.safetensors.*.tmp'), state/'fingerprint.json']: p.unlink(missing_ok=True)
-    with contextlib.suppress(OSError): state.rmdir()
-
 def _state_of(a): return Path(os.path.normpath(a.out) + '.state')
 
 # %% ../nbs/09_cli.ipynb #09-024
@@ -265,11 +259,13 @@ def _compress(a):
     lap('read')
     if a.resume and not (state/'fingerprint.json').exists(): print(f'fips: there is nothing to resume in {state}; starting afresh', file=sys.stderr)
     try: res = bo.compress(model, batches, a.budget, a.preset, a.seed, device, dtype=getattr(torch, a.dtype), state=state, resume=a.resume, progress=_bars(), **overrides)
-    except BaseException: _drop_state(state, even_finished=False); raise
+    except BaseException:
+        if not any(state.glob('*.safetensors')): bo.clear_state(state, remove=True) # nothing to resume
+        raise
     phases |= res.report['seconds_by_phase']; lap('save')
     source = dict(model=a.model, weights=Path(a.weights).name if a.weights else None, calib=Path(a.calib).name if a.calib else None, n_calib=n)
     t = time.perf_counter(); hub.save(res, a.out, 'demo-vit' if a.model == 'demo-vit' else None, report=res.report | dict(source=source), overwrite=a.overwrite); phases['save'] = round(time.perf_counter() - t, 2)
-    _drop_state(state)
+    bo.clear_state(state, remove=True)
     keys = ('preset', 'budget', 'mlp_budget', 'model_ratio', 'mlp_params', 'mlp_dense_params', 'model_params', 'mlp_bytes', 'mlp_dense_bytes', 'seed')
     out = dict(model=a.model, out=str(a.out), **{k: res.report[k] for k in keys}, **_saved_bytes(a.out), **_dense_bytes(model), n_calib=n, seconds=round(time.perf_counter() - t0, 2), seconds_by_phase=phases)
     return out, _compress_text(out, res.report['layers'])
