@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'Moments', 'feed', 'collect_moments', 'Metric', 'layer_metric', 'v_hessian', 'refit_v', 'refit_u',
-           'group_error', 'fit_group', 'fit_svd', 'adaptive_ranks', 'match_blocks', 'output_loss', 'start_lr',
-           'fast_autocast', 'match_outputs', 'write_tensors', 'read_meta', 'Config', 'configure', 'plan_groups',
-           'fingerprint', 'clear_state', 'State', 'round_factors', 'Compressed', 'size_report', 'compress']
+           'group_error', 'fit_group', 'fit_svd', 'adaptive_ranks', 'match_blocks', 'predict', 'loss_kind',
+           'output_loss', 'start_lr', 'fast_autocast', 'match_outputs', 'write_tensors', 'read_meta', 'Config',
+           'configure', 'plan_groups', 'fingerprint', 'clear_state', 'State', 'round_factors', 'Compressed',
+           'size_report', 'moment_bytes', 'compress']
 
 # %% ../nbs/03_blockwise_opt.ipynb #03-003
-import contextlib, copy, dataclasses, difflib, hashlib, json, math, operator, os, re, time
+import contextlib, copy, dataclasses, difflib, hashlib, inspect, json, math, operator, os, re, time
 from dataclasses import dataclass
 from pathlib import Path
 import torch
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 from .svd_init import rank_for_budget, regularize, svd_init, weighted_truncate, whiten
-from .grouping import auto_group, factor_bytes, find_mlps, group_mlps, weights
+from .grouping import auto_group, factor_bytes, find_mlps, find_parts, group_mlps, weights
 from .sparse_factors import Pruner, cubic_density, factor_layers, factorize, pick_masks
 
 # %% ../nbs/03_blockwise_opt.ipynb #03-007
@@ -38,39 +39,60 @@ def feed(
     "Run `model` on one `batch`, in the model's dtype."
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     put = lambda x: x.to(device, dtype if x.is_floating_point() else None) if torch.is_tensor(x) else x
-    if isinstance(batch, dict): return model(**{k: put(v) for k,v in batch.items()})
-    return model(put(batch[0] if isinstance(batch, (tuple, list)) else batch))
+    more = dict(use_cache=False) if 'use_cache' in inspect.signature(model.forward).parameters else {}
+    if isinstance(batch, dict): return model(**more | {k: put(v) for k,v in batch.items()})
+    return model(put(batch[0] if isinstance(batch, (tuple, list)) else batch), **more)
+
+def _kept(batch):
+    "Which positions (b, L) of `batch` are no padding; None if all."
+    m = batch.get('attention_mask') if isinstance(batch, dict) else None
+    return None if m is None or m.ndim != 2 or m.all() else m.bool()
 
 # %% ../nbs/03_blockwise_opt.ipynb #03-008
-def _observe(acc, name):
-    "A hook that adds a layer's inputs to its sums."
-    def hook(module, args):
-        X = args[0].detach().flatten(0, -2).float()
-        if not torch.isfinite(X).all(): raise ValueError(f"the inputs of {name} hold NaN or infinity; the weights before it or the calibration data are broken")
-        C,m,a,n = acc.get(name, (0., 0., 0., 0))
-        acc[name] = C + (X.T@X).double(), m + X.sum(0).double(), a + X.abs().sum(0).double(), n + len(X)
-    return hook
+class _Enough(Exception): "Everything that is wanted of a forward was seen."
 
+class _Watch:
+    "Sums of the inputs of layers; a layer that gets the very tensor of the layer before (gate and up) shares its sums."
+    def __init__(self, names): self.left,self.names,self.sums,self.same,self.keep,self.last = set(names), set(names), {}, {}, None, (None, None)
+
+    def hook(self, name):
+        def see(module, args):
+            if args[0] is self.last[1]: self.same[name] = self.last[0]
+            else: self.add(name, args[0].detach()); self.last = name, args[0]
+            self.left.discard(name)
+            if not self.left: raise _Enough
+        return see
+
+    def add(self, name, X):
+        X = (X if self.keep is None or X.shape[:2] != self.keep.shape else X[self.keep.to(X.device)]).flatten(0, -2).float()
+        if not torch.isfinite(X).all(): raise ValueError(f"the inputs of {name} hold NaN or infinity; the weights before it or the calibration data are broken")
+        C,m,a,n = self.sums.get(name, (0., 0., 0., 0))
+        self.sums[name] = C + (X.T@X).double(), m + X.sum(0).double(), a + X.abs().sum(0).double(), n + len(X)
+
+# %% ../nbs/03_blockwise_opt.ipynb #03-n01
 @torch.no_grad()
 def collect_moments(
     model:nn.Module, # dense model
     batches, # iterable of batches, see `feed`
-    linears:list, # `MLPLinear`s to watch
+    linears:list, # `PartLinear`s to watch
     device=None, # runs there if given
     progress:bool=False, # bar on stderr
-) -> dict: # name -> `Moments`
-    "Second moments of the inputs of `linears` in one streaming pass, accumulated in float64."
-    acc,was = {}, model.training
-    hooks = [model.get_submodule(l.name).register_forward_pre_hook(_observe(acc, l.name)) for l in linears]
+) -> dict: # name -> `Moments`, one object for layers with the same input
+    "Second moments of the inputs of `linears` in one streaming pass, accumulated in float64; each forward ends with the last of them."
+    w,was = _Watch([l.name for l in linears]), model.training
+    hooks = [model.get_submodule(l.name).register_forward_pre_hook(w.hook(l.name)) for l in linears]
     try:
         model.eval()
-        for b in tqdm(batches, desc='moments', disable=not progress, leave=False): feed(model, b, device)
+        for b in tqdm(batches, desc='moments', disable=not progress, leave=False):
+            w.keep,w.left,w.last = _kept(b), set(w.names), (None, None)
+            with contextlib.suppress(_Enough): feed(model, b, device)
     finally:
         for h in hooks: h.remove()
         model.train(was)
-    if missing := [l.name for l in linears if l.name not in acc]:
-        raise ValueError("there is no calibration data" if not acc else f"no input reached {missing[0]}; leave it out with filter_fn")
-    return {k: Moments((C/n).float(), (m/n).float(), (a/n).float(), n) for k,(C,m,a,n) in acc.items()}
+    if missing := [l.name for l in linears if l.name not in w.sums and l.name not in w.same]:
+        raise ValueError("there is no calibration data" if not w.sums else f"no input reached {missing[0]}; leave it out with filter_fn")
+    out = {k: Moments((C/n).float(), (m/n).float(), (a/n).float(), n) for k,(C,m,a,n) in w.sums.items()}
+    return {l.name: out[w.same.get(l.name, l.name)] for l in linears}
 
 # %% ../nbs/03_blockwise_opt.ipynb #03-014
 def _centred(m):
@@ -292,16 +314,35 @@ def match_blocks(
     return losses
 
 # %% ../nbs/03_blockwise_opt.ipynb #03-040
+def predict(
+    model:nn.Module,
+    batch, # see `feed`
+    device=None, # where the model is
+) -> torch.Tensor: # (..., k)
+    "What `model` answers to one batch: its output tensor, or the logits or hidden states in it; padding left out."
+    out = feed(model, batch, device); keep = _kept(batch)
+    if not torch.is_tensor(out): out = out[0] if isinstance(out, (tuple, list)) else out.last_hidden_state if getattr(out, 'logits', None) is None else out.logits
+    return out if keep is None or out.shape[:2] != keep.shape else out[keep.to(out.device)]
+
+def loss_kind(
+    model:nn.Module, # dense model
+    out, # an output of it
+) -> str: # 'kl' for the logits of classes, 'mse' for features
+    "The divergence that fits what `model` puts out."
+    if torch.is_tensor(out) or isinstance(out, (tuple, list)): return 'mse' if getattr(model, 'num_classes', 2) in (0, 1) else 'kl'
+    return 'kl' if getattr(out, 'logits', None) is not None and out.logits.shape[-1] > 1 else 'mse'
+
 def output_loss(
-    out:torch.Tensor, # compressed outputs (n, k)
-    ref:torch.Tensor, # dense outputs (n, k)
-    kind:str='kl', # 'kl' for logits, 'mse' for embeddings
+    out:torch.Tensor, # compressed outputs (..., k)
+    ref:torch.Tensor, # dense outputs (..., k)
+    kind:str='kl', # 'kl' for logits, 'mse' for features, relative to their energy
 ) -> torch.Tensor: # scalar
     "Divergence of the outputs from the dense ones."
     if kind == 'mse': return F.mse_loss(out.float(), ref.float())/ref.float().pow(2).mean()
     lp,lq = ref.float().log_softmax(-1), out.float().log_softmax(-1)
     return (lp.exp()*(lp - lq)).sum(-1).mean()
 
+# %% ../nbs/03_blockwise_opt.ipynb #03-n02
 @torch.no_grad()
 def start_lr(
     model:nn.Module, # factorised
@@ -311,7 +352,7 @@ def start_lr(
     device=None,
 ) -> float: # learning rate
     "Learning rate for `match_outputs`: `2e-4` times the loss at the start, at most `1e-4`."
-    losses = [output_loss(feed(model, b, device), feed(dense, b, device), kind).item() for b in batches[:16]]
+    losses = [output_loss(predict(model, b, device), predict(dense, b, device), kind).item() for b in batches[:16]]
     return min(1e-4, max(0., 2e-4*sum(losses)/len(losses)))
 
 def fast_autocast(device) -> bool:
@@ -343,7 +384,7 @@ def match_outputs(
     batches, # re-iterable batches
     epochs:int=3, # passes over the batches
     lr:float|None=None, # peak of AdamW's cosine; None takes `2e-4` times the loss at the start, at most `1e-4`
-    kind:str='kl', # see `output_loss`
+    kind:str|None=None, # see `output_loss`; None asks `loss_kind`
     device=None,
     seed:int=0, # order of the batches
     state=None, # file for resuming after each epoch
@@ -352,6 +393,8 @@ def match_outputs(
     "Fit factors and biases, zeros kept, to the dense outputs; bfloat16 where it is native."
     batches = list(batches); Vs,rest = _params(model); total = epochs*len(batches)
     if not batches: raise ValueError("there is no calibration data")
+    if kind is None:
+        with torch.no_grad(): kind = loss_kind(dense, feed(dense, batches[0], device))
     if lr is None: lr = start_lr(model, dense, batches, kind, device)
     opt = torch.optim.AdamW(Vs + rest, lr=lr, weight_decay=0., betas=(.9, .98)); pruner = Pruner(Vs, method='keep')
     done = _load_progress(state, model, opt) if state and Path(state).exists() else 0
@@ -364,8 +407,8 @@ def match_outputs(
                 t = e*len(batches) + i
                 for g in opt.param_groups: g['lr'] = lr*min(1, (t+1)/20)*(1 + math.cos(math.pi*t/total))/2
                 with torch.autocast(dev, torch.bfloat16, enabled=fast_autocast(device)):
-                    with torch.no_grad(): ref = feed(dense, batches[j], device)
-                    out = feed(model, batches[j], device)
+                    with torch.no_grad(): ref = predict(dense, batches[j], device)
+                    out = predict(model, batches[j], device)
                 loss = output_loss(out, ref, kind); tot += loss.item(); _check_loss(tot, {'the last layer': ref})
                 opt.zero_grad(); loss.backward(); pruner.step(t, opt); opt.step(); bar.update()
             losses.append(tot/len(batches))
@@ -397,6 +440,7 @@ def read_meta(path) -> dict:
 @dataclass(frozen=True)
 class Config:
     "A point of the design space."
+    targets:str = 'mlp' # what is compressed: 'mlp', 'attn' or 'all', see `find_parts`
     basis:str = 'shared' # 'shared', or 'identity': nothing to store, plain sparsity
     split:str = 'none' # what shares within a group, see `group_mlps`
     group_size:object = 12 # blocks per group, 'all', 'stage', 'auto' or lists of names
@@ -435,7 +479,7 @@ def configure(
     if unknown := [k for k in overrides if k not in fields]:
         raise ValueError(f"unknown setting {unknown[0]!r}; the nearest are {difflib.get_close_matches(unknown[0], fields, 3, 0.)}")
     cfg = dataclasses.replace(PRESETS[preset], **{k: v for k,v in overrides.items() if v is not None})
-    allowed = dict(basis=('shared', 'identity'), split=('none', 'kind', 'linear', 'up'), extend=('atoms', 'copies'), method=('gmp', 'rigl', 'static', 'keep'), fit=('cg', 'svd', 'blocks'), metric=('input', 'identity', 'scale', 'centred'), ranks=('uniform', 'adaptive'), scope=('layer', 'global'))
+    allowed = dict(targets=('mlp', 'attn', 'all'), basis=('shared', 'identity'), split=('none', 'kind', 'linear', 'up'), extend=('atoms', 'copies'), method=('gmp', 'rigl', 'static', 'keep'), fit=('cg', 'svd', 'blocks'), metric=('input', 'identity', 'scale', 'centred'), ranks=('uniform', 'adaptive'), scope=('layer', 'global'))
     for k,vs in allowed.items():
         if getattr(cfg, k) not in vs: raise ValueError(f"{k} {getattr(cfg, k)!r} is not one of {', '.join(vs)}")
     for k,least in dict(levels=1, block_steps=1, match_epochs=0).items():
@@ -456,17 +500,17 @@ def configure(
 def plan_groups(
     model:nn.Module, # dense model
     cfg:Config,
-    budget:float, # MLP budget
-    filter_fn=None, # see `find_mlps`
+    budget:float, # share of the targeted weights' parameters
+    filter_fn=None, # see `find_parts`
     seed:int=0,
 ) -> list: # of (`Group`, rank, density of V); rank 0 is the identity basis
     "Groups of `model`, with the ranks and densities that meet `budget`."
     if not 0 < budget <= 1: raise ValueError(f"budget {budget} is outside (0, 1]")
-    mlps = find_mlps(model, filter_fn)
+    parts = find_parts(model, cfg.targets, filter_fn)
     s = (1 - budget/6 if cfg.sparsity is None else cfg.sparsity) if cfg.fit != 'svd' else 0.
     if isinstance(cfg.pattern, tuple): s = 1 - cfg.pattern[0]/cfg.pattern[1]
-    size = auto_group(model, mlps, budget, s, seed=seed)[0] if cfg.group_size == 'auto' else cfg.group_size
-    groups = group_mlps(mlps, size, cfg.split)
+    size = auto_group(model, parts, budget, s, seed=seed)[0] if cfg.group_size == 'auto' else cfg.group_size
+    groups = group_mlps(parts, size, cfg.split)
     if cfg.basis == 'identity':
         nm = cfg.pattern if isinstance(cfg.pattern, tuple) else None
         if nm and abs(nm[0]/nm[1] - budget) > 1e-9: raise ValueError(f"with an identity basis the pattern {nm} is a budget of {nm[0]/nm[1]:g}, not {budget}")
@@ -507,7 +551,7 @@ def clear_state(
 ):
     "Remove the files of a run from `folder`, and no others."
     for p in sorted(Path(folder).glob('*'), reverse=True): # the fingerprint last: it tells whose folder this is
-        if re.fullmatch(r'((moments|match|group-\d+)\.safetensors|fingerprint\.json)(\.\d+\.tmp)?', p.name): p.unlink(missing_ok=True)
+        if re.fullmatch(r'((moments-\d+|match|group-\d+)\.safetensors|fingerprint\.json)(\.\d+\.tmp)?', p.name): p.unlink(missing_ok=True)
     if remove:
         with contextlib.suppress(OSError): Path(folder).rmdir()
 
@@ -529,6 +573,11 @@ class State:
         else:
             clear_state(self.folder)
             with _replacing(f) as tmp: tmp.write_text(json.dumps(print_))
+
+    def has(self, name): return self.folder is not None and self.path(name).exists()
+
+    def drop(self, name):
+        if self.has(name): self.path(name).unlink()
 
     def path(self, name): return None if self.folder is None else self.folder/f'{name}.safetensors'
 
@@ -554,15 +603,6 @@ def round_factors(
             if not torch.isfinite(q).all(): raise ValueError(f"a factor of {name} exceeds the range of {dtype}; use dtype=torch.bfloat16")
             p.copy_(q)
     return model
-
-def _moments(model, batches, plan, st, device, progress):
-    "Moments of the plan's linears, from the state if they are there."
-    linears = [l for g,_,_ in plan for l in g.linears]
-    def make():
-        ms = collect_moments(model, batches, linears, device, progress)
-        return {f'{k}/{f}': getattr(m, f) for k,m in ms.items() for f in ('C', 'mean', 'scale')} | {f'{k}/n': torch.tensor(m.n) for k,m in ms.items()}
-    ts = st.part('moments', make)
-    return {l.name: Moments(*(ts[f'{l.name}/{f}'] for f in ('C', 'mean', 'scale')), int(ts[f'{l.name}/n'])) for l in linears}
 
 def _fit(cfg, Ws, Ms, r, density, seed, tick):
     "Factors of one group by the configured fit."
@@ -603,6 +643,33 @@ def size_report(
     rest = sum(p.numel() for p in model.parameters() if id(p) not in factors)
     return dict(mlp_budget=kept/dense, mlp_params=kept, mlp_dense_params=dense, model_params=rest+kept, model_ratio=(rest+kept)/(rest+dense), mlp_bytes=nbytes, mlp_dense_bytes=2*dense)
 
+# %% ../nbs/03_blockwise_opt.ipynb #03-n03
+def moment_bytes(
+    group, # `Group`
+) -> int: # bytes
+    "Memory of the statistics of `group`: `12 n_in^2` for each distinct input; ups of one part have the same."
+    ups = {l.name.rpartition('.')[0] for l in group.linears if l.role == 'up'}
+    return 12*(len(ups)*group.d**2 + sum(l.h**2 for l in group.linears if l.role == 'down'))
+
+def _runs(plan, room):
+    "Cut `plan` into runs of groups whose statistics fit into `room` bytes, or hold one group."
+    out,size = [], 0
+    for item in plan:
+        size += (b := moment_bytes(item[0]))
+        if not out or size > room: out.append([]); size = b
+        out[-1].append(item)
+    return out
+
+def _moments(model, batches, plan, name, st, device, progress):
+    "Moments of the plan's linears, from the state if they are there."
+    linears = [l for g,_,_ in plan for l in g.linears]; names = [l.name for l in linears]
+    def make():
+        ms = collect_moments(model, batches, linears, device, progress); first = {id(ms[k]): k for k in reversed(names)} # each object once
+        return {f'{k}/{f}': getattr(ms[k], f) for k in first.values() for f in ('C', 'mean', 'scale')} | {f'{k}/n': torch.tensor([ms[k].n, names.index(first[id(ms[k])])]) for k in names}
+    ts = st.part(name, make); owners = {k: names[int(ts[f'{k}/n'][1])] for k in names}
+    own = {k: Moments(*(ts[f'{k}/{f}'].to(device) for f in ('C', 'mean', 'scale')), int(ts[f'{k}/n'][0])) for k in set(owners.values())}
+    return {k: own[owners[k]] for k in names}
+
 # %% ../nbs/03_blockwise_opt.ipynb #03-061b
 def _problem(dense, group, moments, kind):
     "Weights of `group` and their metrics."
@@ -614,59 +681,91 @@ def _adapt_ranks(plan, dense, moments, kind, budget):
     Ws,Ms = (sum(xs, []) for xs in zip(*(_problem(dense, g, moments, kind) for g,_,_ in plan)))
     return [(g, r, dn) for (g,_,dn),r in zip(plan, adaptive_ranks(Ws, Ms, budget*sum(W.numel() for W in Ws)))]
 
-def _factorize_groups(out, dense, plan, moments, cfg, st, seed, progress):
-    "Fit all groups of `plan` and put their factors into `out`; the report's entry of each layer."
+def _factors_of(dense, item, moments, cfg, seed, tick):
+    "Fit one group: its factors, and the error and damping of each layer."
+    g,r,density = item; Ws,Ms = _problem(dense, g, moments, cfg.metric); U,Vs = _fit(cfg, Ws, Ms, r, density, seed, tick)
+    figures = dict(error=torch.tensor(group_error(Ws, Ms, U, Vs)).double(), damp=torch.tensor([M.damp for M in Ms]).double())
+    if cfg.metric == 'centred': figures |= {f'mean{k}': moments[l.name].mean for k,l in enumerate(g.linears)}
+    return {f'V{k}': V for k,V in enumerate(Vs)} | ({} if U is None else {'U': U}) | figures
+
+def _factorize_run(out, dense, run, names, moments, cfg, st, seed, progress):
+    "Fit the groups of `run`, or read them back, and put their factors into `out`; the report's entry of each layer."
     layers = []
-    with tqdm(total=len(plan)*(cfg.levels if cfg.fit == 'cg' else 1), desc='factors', disable=not progress, leave=False) as bar:
-        for i,(g,r,dn) in enumerate(plan):
-            Ws,Ms = _problem(dense, g, moments, cfg.metric)
-            def make(): U,Vs = _fit(cfg, Ws, Ms, r, dn, seed, bar.update); return {f'V{k}': V for k,V in enumerate(Vs)} | ({} if U is None else {'U': U})
-            ts = {k: t.to(Ws[0].device) for k,t in st.part(f'group-{i}', make).items()}
-            U,Vs = ts.get('U'), [ts[f'V{k}'] for k in range(len(Ws))]
-            factorize(out, g, U, Vs)
+    with tqdm(total=len(run)*(cfg.levels if cfg.fit == 'cg' else 1), desc='factors', disable=not progress, leave=False) as bar:
+        for item,name in zip(run, names):
+            g = item[0]; ts = st.part(name, lambda: _factors_of(dense, item, moments, cfg, seed, bar.update))
+            factorize(out, g, ts.get('U'), [ts[f'V{k}'] for k in range(len(g.linears))])
             if cfg.metric == 'centred':
-                for l,W in zip(g.linears, Ws): _shift_bias(out.get_submodule(l.name), W, moments[l.name].mean)
-            layers += [dict(name=l.name, role=l.role, group=g.name, rank=r, error=e, damp=M.damp) for l,e,M in zip(g.linears, group_error(Ws, Ms, U, Vs), Ms)]
+                for k,(l,W) in enumerate(zip(g.linears, weights(dense, g))): _shift_bias(out.get_submodule(l.name), W, ts[f'mean{k}'])
+            layers += [dict(name=l.name, role=l.role, group=g.name, rank=ts['U'].shape[1] if 'U' in ts else 0, error=e, damp=a) for l,e,a in zip(g.linears, ts['error'].tolist(), ts['damp'].tolist())]
     return layers
+
+# %% ../nbs/03_blockwise_opt.ipynb #03-n04
+def _share(model, device, wide=False):
+    "A copy of `model` on `device`, 16-bit tensors in float32 if `wide`; tensors that are right already are shared with it."
+    memo = {}
+    for t in (*model.parameters(), *model.buffers()):
+        new = t.detach().to(device, torch.float32 if wide and t.dtype in (torch.float16, torch.bfloat16) else None)
+        memo[id(t)] = nn.Parameter(new, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else new
+    return copy.deepcopy(model, memo).eval()
+
+def _settle(out, model):
+    "Give `out` tensors of its own, of the dtypes and on the device of `model`."
+    home,dtype = next(model.parameters()).device, next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    own = {k: t.dtype for k,t in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))}
+    for k,t in (*out.named_parameters(), *out.named_buffers()): t.data = t.detach().to(home, own.get(k, dtype), copy=True)
+    return out.train(model.training)
+
+@contextlib.contextmanager
+def _memory_advice(phase):
+    "Say what would have helped when an accelerator's memory runs out."
+    try: yield
+    except torch.OutOfMemoryError as e:
+        knob = dict(moments='shorter or fewer inputs per batch, or a smaller room', factors='a smaller group_size or sparsity', blocks='fewer inputs per batch', outputs='fewer inputs per batch, or match_epochs=0')[phase]
+        raise torch.OutOfMemoryError(f"out of memory in phase {phase!r}; what helps: {knob} ({e})") from e
 
 # %% ../nbs/03_blockwise_opt.ipynb #03-062
 def compress(
     model:nn.Module, # trained model; it is not changed
     batches, # calibration batches without labels, see `feed`; a list or anything re-iterable
-    budget:float=.5, # MLP budget: share of the MLP weights' parameters to keep
+    budget:float=.5, # share of the targeted weights' parameters to keep; of the MLPs' unless `targets` says otherwise
     preset:str='fips', # a key of `PRESETS`
     seed:int=0, # of atoms and batch order
     device=None, # where to run; the result comes back to the model's own device
-    filter_fn=None, # see `find_mlps`
-    dtype:torch.dtype=torch.float16, # of the stored values
+    filter_fn=None, # see `find_parts`
+    dtype:torch.dtype|None=None, # of the stored values; None takes the model's own if it has 16 bits, else float16
+    room:float=8., # GiB for the statistics of the layers fitted together; less takes more passes over the batches
     state=None, # folder for resuming
     resume:bool=False, # go on with what lies in `state`
     progress:bool=False, # bars on stderr
     **overrides, # fields of `Config`
 ) -> Compressed: # factorised copy of the model, and its report
-    "Compress the MLPs of `model` under `budget`."
+    "Compress the linears of `model` that `targets` names under `budget`."
     t0,cfg = time.perf_counter(), configure(preset, **overrides)
-    plan = plan_groups(model, cfg, budget, filter_fn, seed)
+    plan = plan_groups(model, cfg, budget, filter_fn, seed); first = next(p for p in model.parameters() if p.is_floating_point())
+    dtype = dtype or (first.dtype if first.dtype.itemsize == 2 else torch.float16)
     if not dtype.is_floating_point: raise ValueError(f"{dtype} cannot hold factors; use a floating-point dtype")
     for k,v in model.state_dict().items():
         if not torch.isfinite(v).all(): raise ValueError(f"{k} holds NaN or infinity")
     if iter(batches) is batches: batches = list(batches)
     st = State(state, fingerprint(model, batches, budget=budget, cfg=dataclasses.asdict(cfg), seed=seed, dtype=dtype, layers=[[l.name for l in g.linears] for g,_,_ in plan]) if state else {}, resume)
-    home = next(model.parameters()).device; device = torch.device(device or home)
-    dense = copy.deepcopy(model).to(device).eval(); out = copy.deepcopy(dense); secs = {}
-    def lap(name, t=[time.perf_counter()]): secs[name] = round(time.perf_counter() - t[0], 2); t[0] = time.perf_counter()
-    moments = None if cfg.metric == 'identity' else _moments(dense, batches, plan, st, device, progress)
-    lap('moments')
-    if cfg.ranks == 'adaptive': plan = _adapt_ranks(plan, dense, moments, cfg.metric, budget)
-    layers = _factorize_groups(out, dense, plan, moments, cfg, st, seed, progress)
-    lap('factors')
+    device = torch.device(device or first.device); dense = _share(model, device, wide=cfg.match_epochs > 0 or cfg.fit == 'blocks'); out = _share(dense, device); secs,layers,done = {}, [], 0
+    @contextlib.contextmanager
+    def phase(name):
+        t = time.perf_counter()
+        with _memory_advice(name): yield
+        secs[name] = round(secs.get(name, 0.) + time.perf_counter() - t, 2)
+    for i,run in enumerate(_runs(plan, math.inf if cfg.ranks == 'adaptive' else room*2**30)):
+        names = [f'group-{done + k}' for k in range(len(run))]; done += len(run); needed = cfg.metric != 'identity' and not all(map(st.has, names))
+        with phase('moments'): moments = _moments(dense, batches, run, f'moments-{i}', st, device, progress) if needed else None
+        with phase('factors'):
+            if cfg.ranks == 'adaptive' and needed: run = _adapt_ranks(run, dense, moments, cfg.metric, budget)
+            layers += _factorize_run(out, dense, run, names, moments, cfg, st, seed, progress); st.drop(f'moments-{i}')
     if cfg.fit == 'blocks':
-        match_blocks(out, dense, batches, list(dict.fromkeys(m.block for m in find_mlps(dense, filter_fn))), 1-plan[0][2], cfg.block_steps, method=cfg.method, scope=cfg.scope, pattern=cfg.pattern, device=device, progress=progress)
-        lap('blocks')
+        with phase('blocks'): match_blocks(out, dense, batches, list(dict.fromkeys(m.block for m in find_parts(dense, cfg.targets, filter_fn))), 1-plan[0][2], cfg.block_steps, method=cfg.method, scope=cfg.scope, pattern=cfg.pattern, device=device, progress=progress)
     if cfg.match_epochs:
-        match_outputs(out, dense, batches, cfg.match_epochs, device=device, seed=seed, state=st.path('match'), progress=progress)
-        lap('outputs')
-    out = round_factors(out, dtype).to(home).train(model.training)
+        with phase('outputs'): match_outputs(out, dense, batches, cfg.match_epochs, device=device, seed=seed, state=st.path('match'), progress=progress)
+    out = _settle(round_factors(out, dtype), model)
     for x in layers: x['density'] = (out.get_submodule(x['name']).V != 0).float().mean().item()
     report = dict(preset=preset, budget=budget, seed=seed, config=dataclasses.asdict(cfg), **size_report(out), seconds=round(time.perf_counter() - t0, 2), seconds_by_phase=secs, layers=layers)
     return Compressed(out, report)

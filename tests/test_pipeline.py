@@ -175,7 +175,7 @@ def test_stage_separates_what_width_does_not():
     assert [len(ns) for ns in run("all")] == [4] and [len(ns) for ns in run("stage")] == [2, 2]
 
 
-@pytest.mark.parametrize("size, said", [(0, "group size 0"), (-1, "group size -1"), ("some", "group size 'some'"), (1.5, "group size 1.5"), ([], "empty"), ([[]], "empty"), ([["blocks.9.mlp"]], "no MLP named 'blocks.9.mlp'"),
+@pytest.mark.parametrize("size, said", [(0, "group size 0"), (-1, "group size -1"), ("some", "group size 'some'"), (1.5, "group size 1.5"), ([], "empty"), ([[]], "empty"), ([["blocks.9.mlp"]], "no part named 'blocks.9.mlp'"),
                                         ([["blocks.0.mlp"], ["blocks.0.mlp"]], "two groups")])
 def test_bad_groups(size, said):
     with pytest.raises(ValueError, match=said): compress(make(), images(), group_size=size)

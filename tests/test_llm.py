@@ -1,0 +1,139 @@
+"""Language models: every architecture, made small from its configuration, through the pipeline."""
+import copy
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+
+from fips_nb.blockwise_opt import collect_moments, compress, feed, fit_group, layer_metric
+from fips_nb.grouping import find_parts, group_mlps, weights
+from fips_nb.sparse_factors import factor_layers, factorize, to_dense
+
+SIZE = dict(vocab_size=96, hidden_size=32, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+            max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+MODELS = {
+    'llama-tied': ('Llama', 'ForCausalLM', dict(tie_word_embeddings=True)),
+    'llama-untied': ('Llama', 'ForCausalLM', dict(tie_word_embeddings=False)),
+    'llama-bias': ('Llama', 'ForCausalLM', dict(mlp_bias=True, attention_bias=True)),
+    'mistral': ('Mistral', 'ForCausalLM', {}),
+    'qwen2': ('Qwen2', 'ForCausalLM', {}),
+    'qwen3': ('Qwen3', 'ForCausalLM', dict(head_dim=8)),
+    'gemma2': ('Gemma2', 'ForCausalLM', dict(head_dim=16)),
+    'gemma3': ('Gemma3', 'ForCausalLM', dict(head_dim=16)),
+    'phi3': ('Phi3', 'ForCausalLM', {}),
+    'gpt-neox': ('GPTNeoX', 'ForCausalLM', {}),
+    'opt': ('OPT', 'ForCausalLM', dict(ffn_dim=80, word_embed_proj_dim=32)),
+    'bert': ('Bert', 'Model', {}),
+}
+
+
+def make(name):
+    torch.manual_seed(0)
+    if name == 'gpt2':
+        return tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=96, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)).eval()
+    kind, head, more = MODELS[name]
+    config = getattr(tf, {'Gemma3': 'Gemma3Text'}.get(kind, kind) + 'Config')(**SIZE | more)
+    model = getattr(tf, kind + head)(config).eval()
+    for p in model.parameters():  # biases and norms that are not zero, so that nothing is right by accident
+        if p.ndim == 1:
+            p.data.add_(.1 * torch.randn_like(p))
+    return model
+
+
+def tokens(n=6, b=2, length=24, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 96, (b, length), generator=g) for _ in range(n)]
+
+
+def outputs(model, x):
+    with torch.no_grad():
+        out = model(x)
+    return out.logits if 'logits' in out else out.last_hidden_state
+
+
+@pytest.mark.parametrize('name', [*MODELS, 'gpt2'])
+@pytest.mark.parametrize('targets', ['mlp', 'attn', 'all'])
+def test_nothing_removed_is_the_dense_model(name, targets):
+    model, x = make(name), tokens(1, seed=9)[0]
+    res = compress(model, tokens(), 1., preset='sparse', targets=targets, match_epochs=0, levels=1, dtype=torch.float32)
+    per_block = dict(mlp=2, attn=4, all=6)[targets] + (targets != 'attn' and name.startswith(('llama', 'mistral', 'qwen', 'gemma')))
+    per_block -= 2 * (targets != 'mlp' and name in ('phi3', 'gpt2', 'gpt-neox'))  # queries, keys and values in one weight
+    assert len(factor_layers(res.model)) == 3 * per_block
+    torch.testing.assert_close(outputs(res.model, x), outputs(model, x), rtol=1e-4, atol=1e-5)
+    assert res.report['mlp_budget'] == 1
+
+
+@pytest.mark.parametrize('name', [*MODELS, 'gpt2'])
+def test_full_rank_basis_is_the_dense_model_and_comes_back_dense(name):
+    model, x = make(name), tokens(1, seed=9)[0]
+    parts = find_parts(model, 'all')
+    ms = collect_moments(model, tokens(), [l for p in parts for l in p.linears])
+    small = copy.deepcopy(model)
+    for g in group_mlps(parts, 'all'):
+        Ws = weights(model, g)
+        U, Vs = fit_group(Ws, [layer_metric(W, l.role, ms[l.name]) for W, l in zip(Ws, g.linears)], g.d, 1., levels=1)
+        factorize(small, g, U, Vs)
+    torch.testing.assert_close(outputs(small, x), outputs(model, x), rtol=1e-3, atol=1e-4)
+    dense = to_dense(small)
+    torch.testing.assert_close(outputs(dense, x), outputs(model, x), rtol=1e-3, atol=1e-4)
+    assert {k: v.shape for k, v in dense.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
+
+
+@pytest.mark.parametrize('name', ['llama-tied', 'gpt2', 'bert'])
+def test_matching_lowers_the_divergence_and_leaves_the_dense_model_alone(name):
+    model = make(name)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    plain = compress(model, tokens(16), .4, levels=4, match_epochs=0)
+    matched = compress(model, tokens(16), .4, levels=4, match_epochs=3)
+    x = tokens(1, seed=9)[0]
+    far = lambda m: (outputs(m, x) - outputs(model, x)).pow(2).mean().item()
+    assert far(matched.model) < far(plain.model)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(a.data_ptr() != b.data_ptr() for a, b in zip(model.parameters(), matched.model.parameters()) if a.numel())
+
+
+def test_bfloat16_model_comes_back_in_bfloat16():
+    model = make('llama-tied').bfloat16()
+    res = compress(model, tokens(), .5, levels=4, match_epochs=1)
+    assert {p.dtype for p in res.model.parameters()} == {torch.bfloat16}
+    assert outputs(res.model, tokens(1)[0]).dtype == torch.bfloat16
+    assert torch.isfinite(outputs(res.model, tokens(1)[0])).all()
+
+
+def test_tied_head_stays_tied():
+    res = compress(make('llama-tied'), tokens(), .5, levels=2, match_epochs=1)
+    assert res.model.lm_head.weight is res.model.model.embed_tokens.weight
+
+
+def test_gate_and_up_share_their_moments():
+    model = make('llama-tied')
+    linears = [l for p in find_parts(model) for l in p.linears]
+    ms = collect_moments(model, tokens(), linears)
+    gate, up = (ms[f'model.layers.0.mlp.{k}_proj'] for k in ('gate', 'up'))
+    assert gate is up
+
+
+@pytest.mark.parametrize('config, said', [('Mixtral', 'mixture of experts'), ('Qwen3Moe', 'mixture of experts')])
+def test_experts_are_refused(config, said):
+    kw = dict(num_local_experts=4) if config == 'Mixtral' else dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=8)
+    model = getattr(tf, f'{config}ForCausalLM')(getattr(tf, f'{config}Config')(**SIZE | kw))
+    with pytest.raises(ValueError, match=said):
+        compress(model, tokens(), .5)
+    res = compress(model, tokens(), .5, targets='attn', levels=2, match_epochs=0)
+    assert len(factor_layers(res.model)) == 12
+
+
+def test_dict_batches_with_masks():
+    model = make('llama-tied')
+    batches = [dict(input_ids=x, attention_mask=torch.ones_like(x)) for x in tokens()]
+    a, b = (compress(model, bs, .5, levels=2, match_epochs=1).model for bs in (batches, tokens()))
+    x = tokens(1, seed=9)[0]
+    torch.testing.assert_close(outputs(a, x), outputs(b, x), rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_is_cached_while_calibrating():
+    model = make('llama-tied')
+    assert feed(model, tokens(1)[0]).past_key_values is None
+
+
