@@ -42,11 +42,12 @@ def _from_file(path, column, lines):
 
 def _from_path(root, column, lines):
     "Documents of a file, or of the text files in a folder, in order."
-    if os.path.isdir(root):
+    name,root = str(root), Path(root)
+    if os.path.isdir(name):
         paths = sorted(p for p in root.rglob('*') if p.suffix in _SUFFIXES and p.is_file() and not p.name.startswith('.'))
         if not paths: raise ValueError(f"no text in {root}: needed are files that end in {', '.join(sorted(_SUFFIXES))}")
         return [d for p in paths for d in _from_file(p, column, lines)]
-    if not os.path.isfile(root): raise ValueError(f"there is no file or folder {str(root)[:200]!r}; a text itself goes into a list: [text]")
+    if not os.path.isfile(name): raise ValueError(f"there is no file or folder {name[:200]!r}; a text itself goes into a list: [text]")
     return _from_file(root, column, lines)
 
 # %% ../nbs/06_llm_experiments.ipynb #06-010
@@ -71,11 +72,11 @@ def documents(
 ): # list, or an iterator where `source` is a stream; of strings, with `chat` of lists of messages
     "Find the documents of `source`."
     column = column or ('messages' if chat else 'text')
-    if isinstance(source, (str, Path)): return _from_path(Path(source), column, lines)
+    if isinstance(source, (str, Path)): return _from_path(source, column, lines)
     if isinstance(source, dict) or hasattr(source, 'column_names'): return _from_dataset(source, column)
     if not isinstance(source, (list, tuple)): return iter(source)
     if source and all(isinstance(o, Path) or (isinstance(o, str) and os.path.isfile(o)) for o in source):
-        return [d for p in source for d in _from_path(Path(p), column, lines)]
+        return [d for p in source for d in _from_path(p, column, lines)]
     return list(_rows(source, column)) if source and isinstance(source[0], dict) and not (chat and 'role' in source[0]) else list(source)
 
 # %% ../nbs/06_llm_experiments.ipynb #06-016
