@@ -384,7 +384,7 @@ def perplexity(
                 raise ValueError(f"the vocabularies differ: {z.shape[-1]} logits, and {ref.shape[-1]} of the dense "
                                  "model")
             S.append(_score(z, x.to(z.device), ref)); _name_broken(S[-1], len(N), dense is not None)
-            N += [x.shape[1] - 1]*len(x)
+            N += [x.shape[1] - 1]*len(x); del z, ref # before the next window's are made
     finally:
         for m,t in zip(models, was): m.train(t)
     return _figures(torch.cat(S), torch.tensor(N).double(), n_bytes, units) | dict(window=length)
