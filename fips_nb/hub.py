@@ -235,10 +235,12 @@ def _swap_in(folder):
         old.rmdir()
 
 # %% ../nbs/07_hub.ipynb #07-049
+def _outside(state, fs): return {k: t for k,t in state.items() if not (k.rpartition('.')[0] in fs and k[-2:] in ('.U', '.V'))}
+
 def _rest(model, fresh):
     "All tensors of `model` outside the factors, and which names are tied to which."
     fs = factor_layers(model); out,tied,seen = {}, {}, {}
-    state = {k: t for k,t in model.state_dict().items() if not (k.rpartition('.')[0] in fs and k[-2:] in ('.U', '.V'))}
+    state = _outside(model.state_dict(), fs)
     fresh.to(next((t.dtype for t in state.values() if t.is_floating_point()), torch.float32))
     for k,b in model.named_buffers():
         if k not in state and not ((o := fresh.get_buffer(k)).dtype == b.dtype and torch.equal(o, b.cpu())): state[k] = b
@@ -330,7 +332,7 @@ def _fill(model, tensors, tied):
     "Put `tensors` into `model` by name as they are; tied names get one object."
     got,fs,made = tensors | {k: tensors[v] for k,v in tied.items()}, factor_layers(model), {}
     for n,f in fs.items(): f.bias = nn.Parameter(got[f'{n}.bias']) if f'{n}.bias' in got else None # AAFM adds some
-    want = {k: t for k,t in model.state_dict().items() if not (k.rpartition('.')[0] in fs and k[-2:] in ('.U', '.V'))} | {k: b for k,b in model.named_buffers() if k in got}
+    want = _outside(model.state_dict(), fs) | {k: b for k,b in model.named_buffers() if k in got}
     if k := next((k for k in want if k not in got), None): raise ValueError(f"tensor {k} is missing")
     if k := next((k for k in got if k not in want), None): raise ValueError(f"tensor {k} has no place in the model")
     for k,t in got.items():

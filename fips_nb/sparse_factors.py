@@ -64,7 +64,7 @@ class FactorLinear(nn.Module):
 
     def extra_repr(self):
         r = 'identity' if self.U is None else self.U.shape[1]
-        return f'{self.in_features} -> {self.out_features}, rank={r}, density={(self.V != 0).float().mean():.3f}'
+        return f'{self.in_features} -> {self.out_features}, rank={r}' + ('' if self.V.is_meta else f', density={(self.V != 0).float().mean():.3f}')
 
 # %% ../nbs/02_sparse_factors.ipynb #02-012
 def factorize(
