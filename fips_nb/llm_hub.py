@@ -14,6 +14,7 @@ from pathlib import Path
 import torch, transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -122,24 +123,24 @@ def replace_layers(
     return linears, bases
 
 # %% ../nbs/10_llm_hub.ipynb #10-020
-class _UnpackV:
+class _UnpackV(ConversionOps):
     "Operation of a `WeightConverter`: values and places to `V`."
     supports_many_to_many = False
     def __init__(self, quantizer): self.quantizer = quantizer
     def __deepcopy__(self, memo): return self # transformers copies converters for every tensor
 
-    def convert(self, input_dict, full_layer_name=None, **kwargs):
+    def convert(self, input_dict, full_layer_name=None, model=None, **kwargs):
         name = full_layer_name.rpartition('.')[0]; l = self.quantizer.linears[name]
         ts = {k.rpartition('.')[2]: t[0] if isinstance(t, list) else t for k,t in input_dict.items()}
-        V = unpack_values(l['codec'], ts, l['shape'][0]*l['shape'][1], ts['V'].dtype, name)
+        V = unpack_values(l['codec'], ts, l['shape'][0]*l['shape'][1], model.get_parameter(full_layer_name).dtype, name)
         return {full_layer_name: _lay(V.view(l['shape']), l['order'])}
 
 class _ShareU(_UnpackV):
     "Operation of a `WeightConverter`: a stored basis to one parameter for each device, for all layers of its group."
     supports_many_to_many = True
 
-    def convert(self, input_dict, full_layer_name=None, **kwargs):
-        U = next(iter(input_dict.values())); U = U[0] if isinstance(U, list) else U
+    def convert(self, input_dict, full_layer_name=None, model=None, **kwargs):
+        U = next(iter(input_dict.values())); U = (U[0] if isinstance(U, list) else U).to(model.get_parameter(full_layer_name).dtype)
         g,names = self.quantizer.bases[full_layer_name.rpartition('.')[0]]; places = {f'{n}.U': self.quantizer.place(f'{n}.U', U.device) for n in names}
         each = {d: nn.Parameter(_lay(U.to(d, copy=True), g['order'])) for d in dict.fromkeys(places.values())}
         return {n: each[d] for n,d in places.items()}
@@ -189,15 +190,16 @@ class FipsQuantizer(HfQuantizer):
         self.linears,self.bases = replace_layers(model, self.quantization_config.groups)
 
     def get_weight_conversions(self):
-        from transformers.core_model_loading import WeightConverter
-        return [WeightConverter(['fips.V', 'fips.mask'], 'V', [_UnpackV(self)]), WeightConverter('fips.U', 'U', [_ShareU(self)])]
+        return [WeightConverter(['fips.V', 'fips.mask'], 'V', operations=[_UnpackV(self)]), WeightConverter('fips.U', 'U', operations=[_ShareU(self)])]
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         model._weight_conversions = [c for c in model._weight_conversions or () if not any(isinstance(o, _UnpackV) for o in getattr(c, 'operations', ()))] # packing is not their reverse
         model.is_quantized = False # these are plain parameters: `half`, `float` and trainers may touch them
         return model
 
-    def _dequantize(self, model, dtype=None): return to_dense(model) if dtype is None else to_dense(model).to(dtype)
+    def _dequantize(self, model, dtype=None):
+        for p in to_dense(model).parameters(): p.data = p.data.to(dtype if p.is_floating_point() else None) # not the buffers, such as rotary tables
+        return model
 
     def get_state_dict_and_metadata(self, model): return _packed_state(self, model)
 
@@ -286,6 +288,7 @@ def read(
 @contextmanager
 def _as_dense(model):
     "`model` with its factors multiplied out, until the block ends."
+    if away := next((n for n,p in model.named_parameters() if p.device.type == 'meta'), None): raise ValueError(f"{away} was laid away by accelerate; load the model without device_map to make it dense")
     fs = factor_layers(model); quantizer,config = model.__dict__.pop('hf_quantizer', None), model.config.__dict__.pop('quantization_config', None)
     try: yield to_dense(model)
     finally:
@@ -294,8 +297,7 @@ def _as_dense(model):
         if config is not None: model.config.quantization_config = config
 
 def _check_plain(model):
-    "Refuse a dense model that another machine would not read as it is."
-    if away := next((n for n,p in model.named_parameters() if p.device.type == 'meta'), None): raise ValueError(f"{away} was laid away by accelerate; load the model without device_map to make it dense")
+    "Refuse a dense model with tensors that its class would not read."
     with torch.device('meta'): fresh = type(model)(model.config)
     if extra := sorted(model.state_dict().keys() - fresh.state_dict().keys()): raise ValueError(f"{extra[0]} has no place in a plain {type(model).__name__}, which would be read without it (some presets add biases); keep the factors")
 
