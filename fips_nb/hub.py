@@ -234,6 +234,16 @@ def _swap_in(folder):
         for p in [*old.iterdir()]: _FILES.fullmatch(p.name) and p.unlink()
         old.rmdir()
 
+# %% ../nbs/07_hub.ipynb #07-086
+def _is_llm(model):
+    lib = sys.modules.get('transformers.modeling_utils') # without it no object is such a model
+    return lib is not None and isinstance(model, lib.PreTrainedModel)
+
+def _llm():
+    "The module of notebook 10."
+    try: return importlib.import_module('fips_nb.llm_hub')
+    except ImportError as e: raise ImportError(f"models of transformers need transformers 5 or newer ({e}): pip install 'transformers>=5'") from e
+
 # %% ../nbs/07_hub.ipynb #07-049
 def _outside(state, fs): return {k: t for k,t in state.items() if not (k.rpartition('.')[0] in fs and k[-2:] in ('.U', '.V'))}
 
@@ -391,16 +401,6 @@ def dense_bytes(
     fs = factor_layers(model); hidden = {f'{n}.{k}' for n in fs for k in 'UV'}
     once = {(t.data_ptr(), t.shape) if t.numel() else k: t for k,t in model.state_dict().items() if k not in hidden}
     return sum(t.numel()*size(t) for t in once.values()) + sum(f.in_features*f.out_features*size(f.V) for f in fs.values())
-
-# %% ../nbs/07_hub.ipynb #07-086
-def _is_llm(model):
-    lib = sys.modules.get('transformers.modeling_utils') # without it no object is such a model
-    return lib is not None and isinstance(model, lib.PreTrainedModel)
-
-def _llm():
-    "The module of notebook 10."
-    try: return importlib.import_module('fips_nb.llm_hub')
-    except ImportError as e: raise ImportError(f"models of transformers need transformers 5 or newer ({e}): pip install 'transformers>=5'") from e
 
 # %% ../nbs/07_hub.ipynb #07-087
 class _Later:

@@ -1,5 +1,5 @@
 """Factorised models of transformers as folders: round trips over architectures, dtypes and ways of opening them, and what is refused."""
-import contextlib, copy, json, os, shutil, subprocess, sys
+import copy, json, os, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest, torch, transformers
