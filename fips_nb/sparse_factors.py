@@ -48,6 +48,8 @@ class FactorLinear(nn.Module):
         with torch.autocast(self.V.device.type, enabled=False): W = self.V if self.U is None else self.U@self.V
         return orient(W, self.role)
 
+    kind = nn.Linear # class of the layer it stands for, which `to_dense` puts back
+
     @property
     def out_features(self) -> int:
         "Features it writes."
@@ -69,7 +71,9 @@ class FactorLinear(nn.Module):
         W = self.weight if torch.is_grad_enabled() else self._dense.get((self.U, self.V), lambda: self.weight.contiguous())
         return F.linear(x, W, self.bias)
 
-    def extra_repr(self): return f"{self.in_features} -> {self.out_features}, rank={'identity' if self.U is None else self.U.shape[1]}, density={(self.V != 0).float().mean():.3f}"
+    def extra_repr(self):
+        r = 'identity' if self.U is None else self.U.shape[1]
+        return f'{self.in_features} -> {self.out_features}, rank={r}' + ('' if self.V.is_meta else f', density={(self.V != 0).float().mean():.3f}')
 
 # %% ../nbs/02_sparse_factors.ipynb #02-012
 def factorize(
@@ -84,6 +88,7 @@ def factorize(
     basis = None if U is None else nn.Parameter(U.to(olds[0].weight).contiguous(), requires_grad=any(o.weight.requires_grad for o in olds))
     for l,old,V in zip(group.linears, olds, Vs):
         new = FactorLinear(basis, V.to(old.weight).contiguous(), l.role, None if old.bias is None else old.bias.detach().clone()).train(old.training)
+        if not isinstance(old, nn.Linear): new.kind = type(old)
         new.V.requires_grad_(old.weight.requires_grad)
         if old.bias is not None: new.bias.requires_grad_(old.bias.requires_grad)
         model.set_submodule(l.name, new)
@@ -96,15 +101,22 @@ def factor_layers(
     return {n: m for n,m in model.named_modules() if isinstance(m, FactorLinear)}
 
 # %% ../nbs/02_sparse_factors.ipynb #02-013
+def _plain(f):
+    "The dense layer that `f` stands for: an `nn.Linear`, or a `Conv1D`, which holds its weight as (in, out) and always has a bias."
+    W,b = f.weight.detach(), f.bias
+    if f.kind is nn.Linear: new = nn.Linear(f.in_features, f.out_features, bias=b is not None, device='meta')
+    else:
+        with torch.device('meta'): new = f.kind(f.out_features, f.in_features)
+        W,b = W.T, W.new_zeros(len(W)) if b is None else b
+    new.weight = nn.Parameter(W.clone(memory_format=torch.contiguous_format))
+    if b is not None: new.bias = nn.Parameter(b.detach().clone())
+    return new.train(f.training)
+
 def to_dense(
     model:nn.Module, # changed in place
 ) -> nn.Module: # `model`, without any `FactorLinear`
-    "Multiply all factors out into plain `nn.Linear`s, for tools that know nothing of factors."
-    for name,f in factor_layers(model).items():
-        new = nn.Linear(f.in_features, f.out_features, bias=f.bias is not None, device='meta')
-        new.weight = nn.Parameter(f.weight.detach().clone(memory_format=torch.contiguous_format))
-        if f.bias is not None: new.bias = nn.Parameter(f.bias.detach().clone())
-        model.set_submodule(name, new.train(f.training))
+    "Multiply all factors out into the plain layers that they replaced, for tools that know nothing of factors."
+    for name,f in factor_layers(model).items(): model.set_submodule(name, _plain(f))
     return model
 
 # %% ../nbs/02_sparse_factors.ipynb #02-017
