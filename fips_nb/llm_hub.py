@@ -279,7 +279,7 @@ def read(
     if cls is None: raise ValueError(f"transformers {transformers.__version__} has no architecture {config['arch']!r}; the nearest are {difflib.get_close_matches(config['arch'], dir(transformers), 3, 0.)}; a newer transformers may have it")
     try: model,info = cls.from_pretrained(folder, output_loading_info=True, local_files_only=True, use_safetensors=True)
     except (RuntimeError, KeyError, TypeError, AttributeError) as e: raise ValueError(f"{folder} does not fit {config['arch']!r}: {e}") from e
-    for word,names in (('is missing', info['missing_keys']), ('has no place in the model', info['unexpected_keys'])):
+    for word,names in (('is missing', info['missing_keys']), ('has no place in the model', info['unexpected_keys']), ('has another shape', [k[0] for k in info['mismatched_keys']])): # older versions say so only here
         if names: raise ValueError(f"{folder} does not fit {config['arch']!r}: tensor {sorted(names)[0]} {word}")
     model.fips_config = config
     return model.to(device).eval()
