@@ -170,7 +170,6 @@ class FipsQuantizer(HfQuantizer):
         self.values,self.device_map,self.linears,self.bases,self.shapes = None, None, {}, {}, {}
 
     def is_serializable(self): return True
-
     def validate_environment(self, *args, device_map=None, **kwargs): self.device_map = device_map if isinstance(device_map, dict) else None
 
     def place(self,
