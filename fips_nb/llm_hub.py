@@ -167,10 +167,9 @@ class FipsQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config, **kwargs):
         super().__init__(quantization_config, **kwargs)
-        self.values,self.device_map,self.linears,self.bases = None, None, {}, {}
+        self.values,self.device_map,self.linears,self.bases,self.shapes = None, None, {}, {}, {}
 
     def is_serializable(self): return True
-
     def validate_environment(self, *args, device_map=None, **kwargs): self.device_map = device_map if isinstance(device_map, dict) else None
 
     def place(self,
@@ -187,12 +186,14 @@ class FipsQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         if checkpoint_files: check_shards(checkpoint_files, self.quantization_config.groups)
-        self.linears,self.bases = replace_layers(model, self.quantization_config.groups)
+        self.linears,self.bases = replace_layers(model, self.quantization_config.groups); self.shapes = {k: t.shape for k,t in model.state_dict().items()}
 
     def get_weight_conversions(self):
         return [WeightConverter(['fips.V', 'fips.mask'], 'V', operations=[_UnpackV(self)]), WeightConverter('fips.U', 'U', operations=[_ShareU(self)])]
 
     def _process_model_after_weight_loading(self, model, **kwargs):
+        if k := next((k for k,t in model.state_dict().items() if t.shape != self.shapes.get(k, t.shape)), None): # up to 5.17 transformers itself is silent
+            raise ValueError(f"tensor {k} is {tuple(model.get_parameter_or_buffer(k).shape)} in the folder instead of {tuple(self.shapes[k])}")
         model._weight_conversions = [c for c in model._weight_conversions or () if not any(isinstance(o, _UnpackV) for o in getattr(c, 'operations', ()))] # packing is not their reverse
         model.is_quantized = False # these are plain parameters: `half`, `float` and trainers may touch them
         return model
@@ -278,7 +279,7 @@ def read(
     cls = getattr(transformers, config['arch'], None)
     if cls is None: raise ValueError(f"transformers {transformers.__version__} has no architecture {config['arch']!r}; the nearest are {difflib.get_close_matches(config['arch'], dir(transformers), 3, 0.)}; a newer transformers may have it")
     try: model,info = cls.from_pretrained(folder, output_loading_info=True, local_files_only=True, use_safetensors=True)
-    except (RuntimeError, KeyError, TypeError, AttributeError) as e: raise ValueError(f"{folder} does not fit {config['arch']!r}: {e}") from e
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as e: raise ValueError(f"{folder} does not fit {config['arch']!r}: {e}") from e
     for word,names in (('is missing', info['missing_keys']), ('has no place in the model', info['unexpected_keys'])):
         if names: raise ValueError(f"{folder} does not fit {config['arch']!r}: tensor {sorted(names)[0]} {word}")
     model.fips_config = config
