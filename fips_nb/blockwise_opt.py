@@ -6,8 +6,8 @@
 __all__ = ['PRESETS', 'Moments', 'feed', 'collect_moments', 'Metric', 'layer_metric', 'v_hessian', 'refit_v', 'refit_u',
            'group_error', 'fit_group', 'fit_svd', 'adaptive_ranks', 'match_blocks', 'predict', 'loss_kind',
            'output_loss', 'start_lr', 'fast_autocast', 'match_outputs', 'write_tensors', 'read_meta', 'Config',
-           'configure', 'plan_groups', 'fingerprint', 'clear_state', 'State', 'round_factors', 'Compressed',
-           'size_report', 'moment_bytes', 'compress']
+           'configure', 'plan_groups', 'budget_for_ratio', 'planned_bytes', 'budget_for_bytes', 'fingerprint',
+           'clear_state', 'State', 'round_factors', 'Compressed', 'size_report', 'moment_bytes', 'compress']
 
 # %% ../nbs/03_blockwise_opt.ipynb #03-003
 import contextlib, copy, dataclasses, difflib, hashlib, inspect, json, math, operator, os, re, time
@@ -529,6 +529,43 @@ def _fitting_rank(budget, g, s, pattern):
     while r > 1 and g.d*r + g.H*_per_column(pattern, s, r) > budget*g.d*g.H + 1e-6: r -= 1
     return r
 
+# %% ../nbs/03_blockwise_opt.ipynb #03-n05
+def budget_for_ratio(
+    model:nn.Module, # dense model
+    ratio:float, # share of all parameters to keep, below 1
+    targets:str='mlp', # what is compressed, see `find_parts`
+    filter_fn=None, # see `find_parts`
+) -> float: # share of the targeted weights' parameters, as `compress` takes it
+    "The budget of the targeted linears that leaves `ratio` of the parameters of the whole model."
+    total = sum(p.numel() for p in model.parameters()); ours = sum(l.d*l.h for part in find_parts(model, targets, filter_fn) for l in part.linears)
+    if not 0 < ratio <= 1: raise ValueError(f"target ratio {ratio} is outside (0, 1]")
+    if (p := 1 - (1 - ratio)*total/ours) <= 0: raise ValueError(f"target ratio {ratio} cannot be met: the linears that targets={targets!r} names are {ours/total:.4f} of the parameters, so the best possible is above {1 - ours/total:.4f}")
+    return p
+
+# %% ../nbs/03_blockwise_opt.ipynb #03-n06
+def planned_bytes(
+    plan:list, # from `plan_groups`
+) -> int: # bytes
+    "What the factors of `plan` will take: 16-bit values, and the places of the non-zeros at their entropy."
+    return sum(factor_bytes(g.d, r, [round(dn*(r or g.d)*l.h) for l in g.linears], [(r or g.d)*l.h for l in g.linears]) for g,r,dn in plan)
+
+def budget_for_bytes(
+    model:nn.Module, # dense model
+    share:float, # of the targeted weights' 16-bit bytes to store, below 1
+    cfg:Config,
+    filter_fn=None, # see `find_parts`
+) -> float: # share of the targeted weights' parameters, as `compress` takes it
+    "The largest budget whose factors take at most `share` of the dense bytes, indices included."
+    dense = 2*sum(l.d*l.h for part in find_parts(model, cfg.targets, filter_fn) for l in part.linears); lo,hi = 0., 1.
+    for _ in range(20):
+        p = (lo + hi)/2
+        try: fits = planned_bytes(plan_groups(model, cfg, p, filter_fn)) <= share*dense
+        except ValueError as e:
+            if 'too small' not in str(e): raise
+            fits = True
+        lo,hi = (p, hi) if fits else (lo, p)
+    return lo
+
 # %% ../nbs/03_blockwise_opt.ipynb #03-057
 def _raw(t): return t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
@@ -684,7 +721,7 @@ def _adapt_ranks(plan, dense, moments, kind, budget):
 def _factors_of(dense, item, moments, cfg, seed, tick):
     "Fit one group: its factors, and the error and damping of each layer."
     g,r,density = item; Ws,Ms = _problem(dense, g, moments, cfg.metric); U,Vs = _fit(cfg, Ws, Ms, r, density, seed, tick)
-    figures = dict(error=torch.tensor(group_error(Ws, Ms, U, Vs)).double(), damp=torch.tensor([M.damp for M in Ms]).double())
+    figures = {k: torch.tensor(v, dtype=torch.float64) for k,v in (('error', group_error(Ws, Ms, U, Vs)), ('damp', [M.damp for M in Ms]))}
     if cfg.metric == 'centred': figures |= {f'mean{k}': moments[l.name].mean for k,l in enumerate(g.linears)}
     return {f'V{k}': V for k,V in enumerate(Vs)} | ({} if U is None else {'U': U}) | figures
 
