@@ -351,9 +351,11 @@ def start_lr(
     kind:str='kl', # see `output_loss`
     device=None,
 ) -> float: # learning rate
-    "Learning rate for `match_outputs`: `2e-4` times the loss at the start, at most `1e-4`."
-    losses = [output_loss(predict(model, b, device), predict(dense, b, device), kind).item() for b in batches[:16]]
-    return min(1e-4, max(0., 2e-4*sum(losses)/len(losses)))
+    "Learning rate for `match_outputs`: `2e-4 n` times the loss at the start, at most `1e-4 sqrt(n)`, with `n` eighths of the predictions in a batch, at most 256."
+    loss = n = 0.; some = batches[:16]
+    for b in some: ref = predict(dense, b, device); loss += output_loss(predict(model, b, device), ref, kind).item()/len(some); n += ref.shape[:-1].numel()/len(some)
+    n = min(256., max(1., n/8))
+    return min(1e-4*n**.5, max(0., 2e-4*n*loss))
 
 def fast_autocast(device) -> bool:
     "Whether bfloat16 products are native on `device`."
@@ -383,7 +385,7 @@ def match_outputs(
     dense:nn.Module, # the model it came from
     batches, # re-iterable batches
     epochs:int=3, # passes over the batches
-    lr:float|None=None, # peak of AdamW's cosine; None takes `2e-4` times the loss at the start, at most `1e-4`
+    lr:float|None=None, # peak of AdamW's cosine; None asks `start_lr`
     kind:str|None=None, # see `output_loss`; None asks `loss_kind`
     device=None,
     seed:int=0, # order of the batches
