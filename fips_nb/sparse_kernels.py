@@ -31,6 +31,7 @@ def value_dtype(
 
 class Dense(nn.Module):
     "`x -> x A.T + bias` with `A` (out, in) as it is; the parent of all formats."
+    kept = None # rows that are stored, where not all are
     def __init__(self,
         A:torch.Tensor, # (out, in)
         dtype:torch.dtype|None=None, # of the stored values; None takes the narrowest that is exact, a narrower one rounds
@@ -56,19 +57,22 @@ class Dense(nn.Module):
 def _columns(n):
     if n > 1 << 16: raise ValueError(f"{n} columns do not fit in 16 bits; keep this layer 'dense' or 'materialised'")
 
+def _narrow(i): return (i - (i >> 15 << 16)).to(torch.int16) # unsigned in 16 bits, as int16, which more of torch knows
+def _wide(i): return i.long() & 0xffff
+
 class Csr(Dense):
     "Compressed sparse rows: values, 16-bit columns, 32-bit row starts."
     def _pack(self, A):
         _columns(A.shape[1]); row,col = A.nonzero(as_tuple=True); counts = torch.bincount(row, minlength=len(A))
-        self._keep(values=A[row,col], columns=col.to(torch.uint16), starts=F.pad(counts.cumsum(0), (1, 0)).int())
+        self._keep(values=A[row,col], columns=_narrow(col), starts=F.pad(counts.cumsum(0), (1, 0)).int())
 
     def dense(self):
         A = torch.zeros(self.shape, dtype=self.dtype, device=self.values.device); s = self.starts.long()
-        A[torch.repeat_interleave(torch.arange(len(A), device=A.device), s.diff()), self.columns.long()] = self.values.to(self.dtype)
+        A[torch.repeat_interleave(torch.arange(len(A), device=A.device), s.diff()), _wide(self.columns)] = self.values.to(self.dtype)
         return A
 
     def forward(self, x, bias=None):
-        y = _cpu(self, 'fips_csr', self.columns, self.starts, 0, x, bias)
+        y = _cpu(self, 'fips_csr', self.starts, 0, x, bias)
         return super().forward(x, bias) if y is None else y
 
 class Condensed(Dense):
@@ -76,18 +80,19 @@ class Condensed(Dense):
     def _pack(self, A):
         _columns(A.shape[1]); live = (A != 0).any(1); B = A[live]; k = int((B != 0).sum(1).max()) if len(B) else 0
         col = (B != 0).int().sort(dim=1, descending=True, stable=True).indices[:,:k]
-        self._keep(values=B.gather(1, col), columns=col.to(torch.uint16), rows=None if live.all() else live.nonzero()[:,0].int())
+        self._keep(values=B.gather(1, col), columns=_narrow(col), rows=None if live.all() else live.nonzero()[:,0].int())
+        self.kept = len(B)
 
     def dense(self):
         A = torch.zeros(self.shape, dtype=self.dtype, device=self.values.device); B = torch.zeros(len(self.values), self.shape[1], dtype=self.dtype, device=A.device)
-        B.scatter_add_(1, self.columns.long(), self.values.to(self.dtype)) # fillers add zero
+        B.scatter_add_(1, _wide(self.columns), self.values.to(self.dtype)) # fillers add zero
         if self.rows is None: return B
         A[self.rows.long()] = B
         return A
 
     def forward(self, x, bias=None):
         b = bias if self.rows is None or bias is None else bias[self.rows.long()]
-        y = _triton(self, x, b) if x.is_cuda else _cpu(self, 'fips_csr', self.columns, None, self.values.shape[1], x, b, len(self.values))
+        y = _triton(self, x, b) if x.is_cuda else _cpu(self, 'fips_csr', None, self.values.shape[1], x, b)
         if y is None: return super().forward(x, bias)
         if self.rows is None: return y
         out = y.new_zeros(*y.shape[:-1], self.shape[0]) if bias is None else bias.to(y.dtype).expand(*y.shape[:-1], -1).clone()
@@ -150,7 +155,7 @@ class Tiles(Dense):
         return B[:o,:i].contiguous()
 
     def forward(self, x, bias=None):
-        y = _cpu(self, 'fips_tiles', self.columns, self.starts, -(-self.shape[1]//64), x, bias)
+        y = _cpu(self, 'fips_tiles', self.starts, -(-self.shape[1]//64), x, bias)
         return super().forward(x, bias) if y is None else y
 
 # %% ../nbs/04_sparse_kernels.ipynb #04-015
@@ -221,6 +226,10 @@ _lock = threading.Lock()
 def _load():
     "The compiled kernels, or None after saying why."
     if os.environ.get('FIPS_NB_KERNELS', '').lower() in ('0', 'off'): return None
+    with _lock: return _open()
+
+def _open():
+    "Build and open the library."
     folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'fips_nb'
     source = (files('fips_nb')/'assets'/'kernels.cpp').read_text()
     try:
@@ -235,25 +244,28 @@ def _load():
 
 def kernels() -> bool: # whether there are any
     "Compile and load the CPU kernels (once); `FIPS_NB_KERNELS=off` in the environment does without."
-    with _lock: return _load() is not None
+    return _load() is not None
 
 # %% ../nbs/04_sparse_kernels.ipynb #04-026
 _CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
-def _cpu(P, name, columns, starts, k, x, bias=None, out=None):
+def _cpu(P, name, starts, k, x, bias=None):
     "The product of `x` with the format `P` by the kernel `name`, or None where the dense product has to do it."
-    i,o = P.shape[1], P.shape[0] if out is None else out
+    v,c = P._buffers['values'], P._buffers['columns']; (o,i),lead = P.shape, x.shape[:-1]
+    if P.kept is not None: o = P.kept
     if x.shape[-1] != i: raise ValueError(f"an input of {x.shape[-1]} features for a matrix of {i} columns")
     if x.numel() == 0 or o == 0: return None
     if x.device.type != 'cpu': return _say(f"{type(P).__name__} has no kernel for {x.device.type}, so these layers run dense there; pack for the device with `optimize`")
-    if x.dtype not in _CODE or P.values.dtype not in _CODE or not (bias is None or bias.dtype in _CODE):
-        return _say(f"the sparse kernels take float32, float16 and bfloat16; for {x.dtype} inputs and {P.values.dtype} values packed layers run dense")
-    if not kernels(): return None
-    x2 = x.reshape(-1, i); x2 = x2 if x2.stride(1) == 1 or i == 1 else x2.contiguous()
-    y = torch.empty(len(x2), o, dtype=x.dtype); b = None if bias is None else bias.contiguous()
-    bad = getattr(_load(), name)(P.values.data_ptr(), _CODE[P.values.dtype], columns.data_ptr(), None if starts is None else starts.data_ptr(), k, o, i, x2.data_ptr(), _CODE[x.dtype], len(x2), x2.stride(0),
-                                 y.data_ptr(), o, None if b is None else b.data_ptr(), 0 if b is None else _CODE[b.dtype], torch.get_num_threads())
-    return None if bad else y.view(*x.shape[:-1], o)
+    dt,vt,bt = _CODE.get(x.dtype), _CODE.get(v.dtype), 0 if bias is None else _CODE.get(bias.dtype)
+    if None in (dt, vt, bt): return _say(f"the sparse kernels take float32, float16 and bfloat16; for {x.dtype} inputs and {v.dtype} values packed layers run dense")
+    if (lib := _load()) is None: return None
+    x2 = x if len(lead) == 1 else x.reshape(-1, i); n = x2.shape[0]
+    if x2.stride(1) != 1: x2 = x2.contiguous()
+    y = torch.empty(*lead, o, dtype=x.dtype)
+    if bias is not None: bias = bias.contiguous()
+    bad = getattr(lib, name)(v.data_ptr(), vt, c.data_ptr(), None if starts is None else starts.data_ptr(), k, o, i, x2.data_ptr(), dt, n, x2.stride(0),
+                             y.data_ptr(), o, None if bias is None else bias.data_ptr(), bt, torch.get_num_threads())
+    return None if bad else y
 
 # %% ../nbs/04_sparse_kernels.ipynb #04-031
 @functools.cache
@@ -266,7 +278,7 @@ def _triton_kernel():
         acc = tl.zeros((R, K), tl.float32); poison = tl.zeros((K,), tl.float32)
         for k0 in range(0, k, K):
             e = k0 + tl.arange(0, K); m = (r < rows)[:,None] & (e < k)[None,:]; at = r.to(tl.int64)[:,None]*k + e[None,:]
-            acc += tl.load(v + at, m, 0.).to(tl.float32)*tl.load(x + tl.load(c + at, m, 0).to(tl.int32), m, 0.).to(tl.float32)
+            acc += tl.load(v + at, m, 0.).to(tl.float32)*tl.load(x + (tl.load(c + at, m, 0).to(tl.int32) & 0xffff), m, 0.).to(tl.float32)
         for i0 in range(0, cols, K): # NaN and infinity reach every output, as in the dense product
             i = i0 + tl.arange(0, K); poison += tl.load(x + i, i < cols, 0.).to(tl.float32)*0.
         s = tl.sum(acc, 1) + tl.sum(poison, 0)
@@ -416,11 +428,14 @@ def _feed(model, inputs):
     with torch.inference_mode(): return model(**inputs) if isinstance(inputs, dict) else model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 def _seen(model, inputs):
-    "Kind of layer -> names, one layer, its input: shape, dtype and density alike make a kind."
-    kinds,hooks = {}, []
+    "Kinds of layers that `inputs` reach, as (key, names, one layer, its input, its density); shapes and types are alike within a kind, densities to .05."
+    kinds,hooks = [], []
     def look(m, args, name):
-        x,V = args[0], m.V; key = (m.role, None if m.U is None else m.U.shape[1], tuple(V.shape), V.dtype, x.dtype, tuple(x.shape), round(10*(V != 0).float().mean().item()))
-        kinds.setdefault(key, ([], m, x.clone()))[0].append(name)
+        x,V = args[0], m.V; density = (V != 0).float().mean().item()
+        key = (m.role, None if m.U is None else m.U.shape[1], tuple(V.shape), V.dtype, x.dtype, tuple(x.shape))
+        for k in kinds:
+            if k[0] == key and abs(k[4] - density) < .05: k[1].append(name); return
+        kinds.append((key, [name], m, x.clone(), density))
     for n,f in factor_layers(model).items(): hooks.append(f.register_forward_pre_hook(lambda m, args, n=n: look(m, args, n)))
     try: _feed(model, inputs)
     finally:
@@ -450,12 +465,12 @@ def optimize(
     if prefer not in ('time', 'memory'): raise ValueError(f"prefer {prefer!r} is not 'time' or 'memory'")
     if model.training: raise ValueError("the model is in training mode; call model.eval() first")
     cold = min(resident_bytes(to_dense(copy.deepcopy(model))), 1 << 27); rows = []
-    for key,(names,f,x) in _seen(model, example_inputs).items():
+    for key,names,f,x,density in _seen(model, example_inputs):
         made = _candidates(f, x.device); ms = stopwatch({k: functools.partial(m, x) for k,m in made.items()}, repeats, cold, x.device)
         size = {k: m.weight.nbytes if k == 'materialised' else m.A.nbytes() for k,m in made.items()}
         ok = [k for k in ms if ms[k] <= 1.05*ms['materialised']]
         best = min(ok, key=size.get) if prefer == 'memory' else min(ms, key=ms.get)
-        rows.append(dict(layers=names, role=key[0], rank=key[1], shape=[f.in_features, f.out_features], rows=x.numel()//x.shape[-1], density=round((f.V != 0).float().mean().item(), 4), ms=ms, bytes=size, choice=best))
+        rows.append(dict(layers=names, role=key[0], rank=key[1], shape=[f.in_features, f.out_features], rows=x.numel()//x.shape[-1], density=round(density, 4), ms=ms, bytes=size, choice=best))
     out = dict(device=device_name(x.device), threads=torch.get_num_threads(), prefer=prefer, layers={n: r['choice'] for r in rows for n in r['layers']}, rows=rows)
     if log: log(choice_table(out))
     return out

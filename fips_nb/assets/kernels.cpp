@@ -9,6 +9,7 @@
 #include <immintrin.h>
 #endif
 extern "C" void GOMP_parallel(void (*)(void*), void*, unsigned, unsigned) __attribute__((weak));
+#define ONCE __attribute__((noinline)) // one copy, so that sums are rounded alike on one thread and on many
 namespace {
 using std::min; using std::max;
 struct f16 { uint16_t u; }; struct bf16 { uint16_t u; }; // dtype codes: 0 float, 1 f16, 2 bf16
@@ -68,12 +69,12 @@ template<class V> struct Csr {
   const V* v; const uint16_t* c; const int32_t* p; int64_t k, out, in;
   static constexpr int ROWS = 32, TILE = 0;
   int64_t begin(int64_t r) const { return p ? p[r] : k*r; }
-  template<int W> void rows(int64_t g, const float* xt, float* yt) const {
+  template<int W> ONCE void rows(int64_t g, const float* xt, float* yt) const {
     for (int64_t r = ROWS*g; r < min(out, ROWS*(g + 1)); r++) {
       vec a[W] = {};
       for (int64_t e = begin(r); e < begin(r + 1); e++) axpy<W>(a, get(v + e), xt + int64_t(c[e])*VL*W);
       store<W>(a, yt + (r - ROWS*g)*VL*W); } }
-  void one(int64_t g, const float* x, const uint16_t*, float* y) const { // one row of inputs: four gathered products at a time
+  ONCE void one(int64_t g, const float* x, const uint16_t*, float* y) const { // one row of inputs: four gathered products at a time
     for (int64_t r = ROWS*g; r < min(out, ROWS*(g + 1)); r++) {
       vec4 a[4] = {}; int64_t e = begin(r), end = begin(r + 1);
       for (; e + 16 <= end; e += 16) for (int j = 0; j < 4; j++) {
@@ -90,19 +91,18 @@ constexpr int PLACE[32] = {0,1,2,3,8,9,10,11,16,17,18,19,24,25,26,27, 4,5,6,7,12
 template<class V> struct Tiles {
   const V* v; const uint8_t* c; const int32_t* p; int64_t tiles, out, in; // p (groups x tiles + 1): first step of each tile
   static constexpr int ROWS = 32, TILE = 64;
-  template<int W> void tile(int64_t g, int64_t t, const float* xt, float* yt) const {
+  template<int W> ONCE void tile(int64_t g, int64_t t, const float* xt, float* yt) const {
     const int64_t k = p[g*tiles + t], end = p[g*tiles + t + 1]; xt += 64*t*VL*W;
     for (int l = 0; l < 32; l++, yt += VL*W) {
       vec a[W]; if (t) load<W>(a, yt); else for (int j = 0; j < W; j++) a[j] = vec{};
       unsigned z;
       for (int64_t s = k; s < end && (z = c[32*s + PLACE[l]]) < 64; s++) axpy<W>(a, get(v + 32*s + l), xt + z*VL*W);
       store<W>(a, yt); } }
-  template<int W> void rows(int64_t g, const float* xt, float* yt) const { for (int64_t t = 0; t < tiles; t++) tile<W>(g, t, xt, yt); }
 #if defined(__AVX512BW__)
   static __m512 val(const float* q) { return _mm512_loadu_ps(q); }
   static __m512 val(const f16* q) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)q)); }
   static __m512 val(const bf16* q) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)q)), 16)); }
-  void one(int64_t g, const float*, const uint16_t* x, float* y) const { // x: per tile 64 low, then 64 high half-words; they fit four registers
+  ONCE void one(int64_t g, const float*, const uint16_t* x, float* y) const { // x: per tile 64 low, then 64 high half-words; they fit four registers
     __m512 a[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
     for (int64_t t = 0; t < tiles; t++, x += 128) {
       const __m512i l0 = _mm512_loadu_si512(x), l1 = _mm512_loadu_si512(x + 32), h0 = _mm512_loadu_si512(x + 64), h1 = _mm512_loadu_si512(x + 96);
@@ -116,7 +116,7 @@ template<class V> struct Tiles {
       if (s < end) step(s, a[0], a[1]); }
     _mm512_storeu_ps(y, _mm512_add_ps(a[0], a[2])); _mm512_storeu_ps(y + 16, _mm512_add_ps(a[1], a[3])); }
 #else
-  void one(int64_t g, const float* x, const uint16_t*, float* y) const {
+  ONCE void one(int64_t g, const float* x, const uint16_t*, float* y) const {
     float a[32] = {};
     for (int64_t t = 0; t < tiles; t++) for (int64_t s = p[g*tiles + t]; s < p[g*tiles + t + 1]; s++)
       for (int l = 0; l < 32; l++) a[l] += get(v + 32*s + l)*x[64*t + (c[32*s + PLACE[l]] & 63)];
@@ -134,12 +134,16 @@ void write(const Call& q, const float* acc, int64_t ra, int64_t o0, int64_t o1, 
   if (q.dt == 0) write_as(q, (float*)q.y + r*q.ys, acc, ra, o0, o1);
   else if (q.dt == 1) write_as(q, (f16*)q.y + r*q.ys, acc, ra, o0, o1); else write_as(q, (bf16*)q.y + r*q.ys, acc, ra, o0, o1);
 }
+template<class X> float floats(const X* x, int64_t n, float* xf) { float bad = 0; for (int64_t z = 0; z < n; z++) { xf[z] = get(x + z); bad += xf[z]*0.f; } return bad; }
 bool table(const Call& q, int64_t in, int64_t pad, float* xf, uint16_t* xw) { // rows as float, and their half-words tile by tile
-  float bad = 0;
-  for (int64_t r = 0; r < q.n; r++, xf += pad, xw += xw ? 2*pad : 0) for (int64_t z = 0; z < pad; z++) {
-    float f = z < in ? get(q.x, q.dt, r*q.xs + z) : 0.f; bad += f*0.f; xf[z] = f;
-    if (xw) { uint32_t u; memcpy(&u, &f, 4); uint16_t* w = xw + 2*(z/64*64) + z%64; w[0] = uint16_t(u); w[64] = uint16_t(u >> 16); } }
-  return bad != 0;
+  bool bad = false;
+  for (int64_t r = 0; r < q.n; r++, xf += pad) {
+    const int64_t at = r*q.xs;
+    bad |= 0 != (q.dt == 0 ? floats((const float*)q.x + at, in, xf) : q.dt == 1 ? floats((const f16*)q.x + at, in, xf) : floats((const bf16*)q.x + at, in, xf));
+    std::fill(xf + in, xf + pad, 0.f);
+    if (xw) for (int64_t t = 0; t < pad; t += 64, xw += 128) for (int z = 0; z < 64; z++) {
+      uint32_t u; memcpy(&u, xf + t + z, 4); xw[z] = uint16_t(u); xw[64 + z] = uint16_t(u >> 16); } }
+  return bad;
 }
 
 template<class A> bool few(const A& m, const Call& q) { // row by row
@@ -184,7 +188,7 @@ template<class A> bool pick(int64_t w, const A& m, const Call& q, int64_t r0, in
 }
 template<class A> int product(const A& m, const Call& q) {
 #if defined(__AVX512BW__)
-  constexpr int64_t FEW = A::TILE ? 12 : 3; // up to here row by row is faster
+  constexpr int64_t FEW = A::TILE ? 32 : 3; // up to here row by row is faster
 #else
   constexpr int64_t FEW = 3;
 #endif
