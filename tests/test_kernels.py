@@ -400,3 +400,12 @@ def test_on_a_gpu():
     close(Condensed(B).cuda()(x), ref, 128); close(Dense(B).cuda()(x), ref, 128)
     B = A*nm_mask(torch.rand(256, 512), 2, 4, dim=1); X = torch.randn(64, 512, device="cuda").half(); P = TwoFour(B).cuda()
     close(P(X), F.linear(X.double(), B.cuda().double()), 256); assert torch.equal(P.dense().cpu(), B)
+
+
+def test_bench_script(tmp_path):
+    out = tmp_path/"r.json"
+    res = subprocess.run([sys.executable, ROOT/"scripts/bench_kernels.py", "--device", "cpu", "--quick", "--rows", "1,3", "--repeats", "1", "--out", out],
+                         env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert res.returncode == 0, res.stdout + res.stderr
+    got = json.loads(out.read_text()); assert [r["rows"] for r in got["products"]] == [1, 3] and got["device"] and got["layers"]
+    assert all(e < 1e-4 for r in got["products"] for e in r["max_error"].values())
