@@ -40,6 +40,17 @@ constexpr int VL = 4, MAXW = 6;
 typedef float vec __attribute__((vector_size(4*VL), aligned(4)));
 typedef float vec4 __attribute__((vector_size(16), aligned(4)));
 
+inline vec4 four(const float* p) { return *(const vec4*)p; }
+inline vec4 four(const bf16* p) {
+  typedef uint16_t half4 __attribute__((vector_size(8))); typedef uint32_t int4 __attribute__((vector_size(16)));
+  half4 h; memcpy(&h, p, 8); return (vec4)(__builtin_convertvector(h, int4) << 16);
+}
+#if defined(__F16C__)
+inline vec4 four(const f16* p) { return (vec4)_mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)p)); }
+#else
+inline vec4 four(const f16* p) { return vec4{get(p), get(p + 1), get(p + 2), get(p + 3)}; }
+#endif
+
 template<class F> void parallel(int64_t n, int threads, F f) { // f(i) for 0 <= i < n, whoever is free takes the next
   std::atomic<int64_t> next{0};
   auto work = [&] { for (int64_t i; (i = next++) < n;) f(i); };
@@ -78,8 +89,7 @@ template<class V> struct Csr {
     for (int64_t r = ROWS*g; r < min(out, ROWS*(g + 1)); r++) {
       vec4 a[4] = {}; int64_t e = begin(r), end = begin(r + 1);
       for (; e + 16 <= end; e += 16) for (int j = 0; j < 4; j++) {
-        const uint16_t* q = c + e + 4*j; const V* w = v + e + 4*j;
-        a[j] += vec4{x[q[0]], x[q[1]], x[q[2]], x[q[3]]}*vec4{get(w), get(w + 1), get(w + 2), get(w + 3)}; }
+        const uint16_t* q = c + e + 4*j; a[j] += vec4{x[q[0]], x[q[1]], x[q[2]], x[q[3]]}*four(v + e + 4*j); }
       vec4 b = (a[0] + a[1]) + (a[2] + a[3]); float s = (b[0] + b[1]) + (b[2] + b[3]);
       for (; e < end; e++) s += get(v + e)*x[c[e]];
       y[r - ROWS*g] = s; } }
