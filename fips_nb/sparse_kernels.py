@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMATS', 'KINDS', 'value_dtype', 'Dense', 'Csr', 'Condensed', 'TwoFour', 'Tiles', 'format_bytes', 'floor', 'kernels',
            'PackedLinear', 'pack_layer', 'pack', 'unpack', 'resident_bytes', 'stopwatch', 'optimize', 'device_name',
-           'choice_table', 'bench']
+           'choice_table', 'bench', 'random_factors']
 
 # %% ../nbs/04_sparse_kernels.ipynb #04-003
 import copy, ctypes, functools, hashlib, importlib.util, os, platform, shutil, statistics, subprocess, sys, tempfile, threading, time, warnings, weakref
@@ -15,7 +15,8 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 from .svd_init import orient
-from .sparse_factors import FactorLinear, factor_layers, to_dense
+from .sparse_factors import FactorLinear, factor_layers, factorize, to_dense
+from .blockwise_opt import configure, plan_groups
 
 # %% ../nbs/04_sparse_kernels.ipynb #04-007
 _said = set()
@@ -509,3 +510,19 @@ def bench(
         kinds = list(choices['layers'].values())
         rows.append(dict(batch=n, dense_ms=ms['dense'], packed_ms=ms['packed'], ratio=ms['dense']/ms['packed'], resident_bytes=resident_bytes(packed), formats={k: kinds.count(k) for k in dict.fromkeys(kinds)}))
     return dict(device=device_name(device), threads=torch.get_num_threads(), dense_bytes=resident_bytes(dense), rows=rows)
+
+# %% ../nbs/04_sparse_kernels.ipynb #04-050
+def random_factors(
+    model:nn.Module, # dense; changed in place, its weights are lost
+    budget:float, # MLP budget
+    preset:str='fips', # whose plan, see `configure`
+    seed:int=0, # of the factors
+    **overrides, # fields of the preset, such as `sparsity` or `group_size`
+) -> nn.Module: # `model`, fit to be timed and for nothing else
+    "Give `model` random factors of the shapes and densities that compressing it to `budget` would."
+    g = torch.Generator().manual_seed(seed); cfg = configure(preset, **overrides)
+    for group,r,density in plan_groups(model, cfg, budget, seed=seed):
+        hs = [max(model.get_submodule(l.name).weight.shape) for l in group.linears]
+        U = (torch.randn(group.d, r, generator=g)/max(r, 1)**.5).half() if r else None
+        factorize(model, group, U, [(torch.randn(r or group.d, h, generator=g)*(torch.rand(r or group.d, h, generator=g) < density)).half() for h in hs])
+    return model

@@ -80,6 +80,7 @@ template<class V> struct Csr {
   const V* v; const uint16_t* c; const int32_t* p; int64_t k, out, in;
   static constexpr int ROWS = 32, TILE = 0;
   int64_t begin(int64_t r) const { return p ? p[r] : k*r; }
+  int64_t entries() const { return begin(out); }
   template<int W> ONCE void rows(int64_t g, const float* xt, float* yt) const {
     for (int64_t r = ROWS*g; r < min(out, ROWS*(g + 1)); r++) {
       vec a[W] = {};
@@ -101,6 +102,7 @@ constexpr int PLACE[32] = {0,1,2,3,8,9,10,11,16,17,18,19,24,25,26,27, 4,5,6,7,12
 template<class V> struct Tiles {
   const V* v; const uint8_t* c; const int32_t* p; int64_t tiles, out, in; // p (groups x tiles + 1): first step of each tile
   static constexpr int ROWS = 32, TILE = 64;
+  int64_t entries() const { return 32*int64_t(p[(out + 31)/32*tiles]); }
   template<int W> ONCE void tile(int64_t g, int64_t t, const float* xt, float* yt) const {
     const int64_t k = p[g*tiles + t], end = p[g*tiles + t + 1]; xt += 64*t*VL*W;
     for (int l = 0; l < 32; l++, yt += VL*W) {
@@ -196,12 +198,14 @@ template<class A> bool pick(int64_t w, const A& m, const Call& q, int64_t r0, in
   }
   return many<6>(m, q, r0, n);
 }
-template<class A> int product(const A& m, const Call& q) {
+template<class A> int product(const A& m, Call q) {
+  const int64_t grain = 1 << 21; // entries that a thread must have to do before it is worth calling: about 0.2 ms
 #if defined(__AVX512BW__)
   constexpr int64_t FEW = A::TILE ? 32 : 3; // up to here row by row is faster
 #else
   constexpr int64_t FEW = 3;
 #endif
+  q.threads = int(max<int64_t>(1, min<int64_t>(q.threads, q.n <= FEW ? m.entries()*q.n/grain : 4*m.entries()*((q.n + VL - 1)/VL)/grain)));
   if (q.n <= FEW) return few(m, q);
   const int64_t most = 4*VL*MAXW; bool bad = false; // rows at once, so that the transposed copy stays small
   for (int64_t r = 0; r < q.n; r += most) {
