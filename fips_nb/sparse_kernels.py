@@ -465,7 +465,7 @@ def optimize(
     "Time every way to run each layer of `model` here and for this batch, and choose."
     if prefer not in ('time', 'memory'): raise ValueError(f"prefer {prefer!r} is not 'time' or 'memory'")
     if model.training: raise ValueError("the model is in training mode; call model.eval() first")
-    cold = min(resident_bytes(to_dense(copy.deepcopy(model))), 1 << 27); rows = []
+    cold = min(sum(f.in_features*f.out_features*f.V.element_size() for f in factor_layers(model).values()), 1 << 27); rows = []
     for key,names,f,x,density in _seen(model, example_inputs):
         made = _candidates(f, x.device); ms = stopwatch({k: functools.partial(m, x) for k,m in made.items()}, repeats, cold, x.device)
         size = {k: m.weight.nbytes if k == 'materialised' else m.A.nbytes() for k,m in made.items()}
