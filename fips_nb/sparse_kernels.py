@@ -376,6 +376,7 @@ def pack_layer(
     if f.bias is not None: new.bias = nn.Parameter(f.bias.detach(), requires_grad=False)
     return new.eval()
 
+# %% ../nbs/04_sparse_kernels.ipynb #04-038
 def pack(
     model:nn.Module, # factorised, in eval mode; changed in place
     choices:str|dict='tiles', # a format for all layers, layer name -> format, or what `optimize` returned; layers that are not named stay
@@ -391,6 +392,7 @@ def pack(
     for n in names: model.set_submodule(n, pack_layer(fs.pop(n), names[n], readers.get(n, 1), dtype))
     return model
 
+# %% ../nbs/04_sparse_kernels.ipynb #04-039
 def unpack(
     model:nn.Module, # changed in place
 ) -> nn.Module: # `model` with its `FactorLinear`s again
@@ -408,7 +410,7 @@ def resident_bytes(
     extra = sum(m.nbytes() - sum(b.nbytes for b in m.buffers()) for m in model.modules() if isinstance(m, Dense)) # 2:4 on a GPU
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in ts if t.numel()}.values()) + extra
 
-# %% ../nbs/04_sparse_kernels.ipynb #04-041
+# %% ../nbs/04_sparse_kernels.ipynb #04-043
 def stopwatch(
     calls:dict, # name -> function without arguments
     repeats:int=15, # timed calls of each
@@ -445,7 +447,7 @@ def _seen(model, inputs):
     if not kinds: raise ValueError(f"no factorised layer of this {type(model).__name__} was called; compress the model first")
     return kinds
 
-# %% ../nbs/04_sparse_kernels.ipynb #04-042
+# %% ../nbs/04_sparse_kernels.ipynb #04-044
 def _candidates(f, device):
     "Layers that may do the work of `f` on `device`, by kind."
     kinds = ['materialised'] + ['dense']*(f.U is not None) + (['tiles', 'csr']*kernels() if device.type == 'cpu' else ['condensed', '2:4'])
@@ -476,7 +478,7 @@ def optimize(
     if log: log(choice_table(out))
     return out
 
-# %% ../nbs/04_sparse_kernels.ipynb #04-043
+# %% ../nbs/04_sparse_kernels.ipynb #04-045
 def device_name(
     device='cpu',
 ) -> str:
@@ -495,7 +497,7 @@ def choice_table(
         lines.append(f"{name(r):{w}} {r['shape'][0]:>5} -> {r['shape'][1]:<5} {r['rank'] or '-':>4} {100*r['density']:6.1f}% {r['rows']:>5} {cells} {r['bytes'][r['choice']]:>12,} {r['bytes']['materialised']:>12,}")
     return '\n'.join(lines)
 
-# %% ../nbs/04_sparse_kernels.ipynb #04-047
+# %% ../nbs/04_sparse_kernels.ipynb #04-049
 def bench(
     model:nn.Module, # factorised, in eval mode; left as it is
     inputs:dict, # batch size -> inputs as `optimize` takes them
@@ -511,7 +513,7 @@ def bench(
         rows.append(dict(batch=n, dense_ms=ms['dense'], packed_ms=ms['packed'], ratio=ms['dense']/ms['packed'], resident_bytes=resident_bytes(packed), formats={k: kinds.count(k) for k in dict.fromkeys(kinds)}))
     return dict(device=device_name(device), threads=torch.get_num_threads(), dense_bytes=resident_bytes(dense), rows=rows)
 
-# %% ../nbs/04_sparse_kernels.ipynb #04-050
+# %% ../nbs/04_sparse_kernels.ipynb #04-052
 def random_factors(
     model:nn.Module, # dense; changed in place, its weights are lost
     budget:float, # MLP budget
