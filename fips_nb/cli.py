@@ -121,12 +121,13 @@ def open_text_model(
     from fips_nb.llm_experiments import open_tokenizer
     tf.utils.logging.disable_progress_bar(); tf.utils.logging.set_verbosity_error()
     if name == 'demo-llm': return demo_llm()
-    if Path(name).is_dir(): _check_shards(name)
+    if local := Path(name).is_dir(): _check_shards(name)
+    else: _spare_retries()
     try:
         config = tf.AutoConfig.from_pretrained(name); cls = getattr(tf, (config.architectures or ['AutoModel'])[0], tf.AutoModel)
         if hasattr(config, 'quantization_config') and fips_nb.hub.read_config(name): model,info = fips_nb.hub.load(name), dict(missing_keys=())
         else: model,info = cls.from_pretrained(name, dtype='auto', output_loading_info=True)
-    except Exception as e: raise ValueError(f"cannot open the model {name} ({type(e).__name__}: {_line(e, 240)})") from e
+    except Exception as e: raise ValueError(f"cannot open the model {name} ({type(e).__name__}: {_line(e, 240)})" if local else f"there is no folder {name}, and the hub gives no model of that name here ({_line(e, 120)})") from e
     if lacking := sorted(info['missing_keys']): raise ValueError(f"the weights of {name} lack {len(lacking)} tensors of {type(model).__name__} ({_list(lacking)}), which would be random")
     return model.eval(), open_tokenizer(name)
 

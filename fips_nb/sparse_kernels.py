@@ -406,7 +406,7 @@ def resident_bytes(
     model:nn.Module,
 ) -> int: # bytes
     "Count what the tensors of `model` take in memory, shared ones once, cached products of factor layers included."
-    ts = [*model.parameters(), *model.buffers(), *(f._dense[1] for f in factor_layers(model).values() if f._dense)]
+    ts = [*model.parameters(), *model.buffers(), *(f._dense.kept[1] for f in factor_layers(model).values() if f._dense.kept[1] is not None)]
     extra = sum(m.nbytes() - sum(b.nbytes for b in m.buffers()) for m in model.modules() if isinstance(m, Dense)) # 2:4 on a GPU
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in ts if t.numel()}.values()) + extra
 
@@ -443,7 +443,7 @@ def _seen(model, inputs):
     try: _feed(model, inputs)
     finally:
         for h in hooks: h.remove()
-        for f in factor_layers(model).values(): f._dense = None
+        for f in factor_layers(model).values(): f.train(f.training) # lets go of the product
     if not kinds: raise ValueError(f"no factorised layer of this {type(model).__name__} was called; compress the model first")
     return kinds
 

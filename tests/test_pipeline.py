@@ -545,7 +545,7 @@ def test_a_stopped_run_resumes_bit_for_bit(preset, name, n, monkeypatch, tmp_pat
     done = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*.safetensors") if p.stem != "match"}
     again = run(state=tmp_path, resume=True)
     assert same(bits(whole.model), bits(again.model))
-    assert all(p.stat().st_mtime_ns == t for p, t in done.items()) # nothing was done twice
+    assert all(p.stat().st_mtime_ns == t for p, t in done.items() if not p.stem.startswith("moments") or p.exists()) # nothing was done twice; statistics go when they have served
     drop = lambda r: {k: v for k, v in r.items() if "seconds" not in k}
     assert drop(whole.report) == drop(again.report)
 
