@@ -4,9 +4,9 @@ import copy
 import pytest
 import torch
 import transformers as tf
-from torch import nn
 
-from fips_nb.blockwise_opt import collect_moments, compress, feed, fit_group, layer_metric
+
+from fips_nb.blockwise_opt import _memory_advice, _share, collect_moments, compress, feed, fit_group, layer_metric, moment_bytes
 from fips_nb.grouping import find_parts, group_mlps, weights
 from fips_nb.sparse_factors import factor_layers, factorize, to_dense
 
@@ -137,3 +137,42 @@ def test_nothing_is_cached_while_calibrating():
     assert feed(model, tokens(1)[0]).past_key_values is None
 
 
+
+
+def test_less_room_takes_more_passes_and_gives_the_same_model():
+    model, passes = make('llama-tied'), []
+
+    class Counted(list):
+        def __iter__(self):
+            passes.append(1)  # when the first batch is drawn
+            yield from super().__iter__()
+
+    kw = dict(levels=3, match_epochs=0, group_size=1)
+    models, counts = [], []
+    for room in (8., 1e-9):
+        passes.clear()
+        models.append(compress(model, Counted(tokens()), .5, room=room, **kw).model)
+        counts.append(len(passes))
+    assert counts == [1, 3]  # three groups of one block
+    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters()))
+
+
+def test_statistics_take_what_the_formula_says():
+    model = make('llama-tied')
+    for g in group_mlps(find_parts(model, 'all'), 1):
+        ms = collect_moments(model, tokens(), list(g.linears))
+        held = sum(3 * m.C.nbytes for m in {id(m): m for m in ms.values()}.values())  # float64 while summed, float32 after
+        assert moment_bytes(g) == held
+
+
+def test_copies_share_the_tensors_of_the_model():
+    model = make('llama-tied')
+    twin = _share(model, torch.device('cpu'))
+    assert all(a.data_ptr() == b.data_ptr() for a, b in zip(model.parameters(), twin.parameters()))
+    assert twin.lm_head.weight is twin.model.embed_tokens.weight
+
+
+def test_out_of_memory_says_what_helps():
+    with pytest.raises(torch.OutOfMemoryError, match="'factors'; what helps: a smaller group_size"):
+        with _memory_advice('factors'):
+            raise torch.OutOfMemoryError('CUDA out of memory')
