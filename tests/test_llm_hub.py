@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fips_nb import hub, llm_hub
 from fips_nb.blockwise_opt import Compressed, size_report
-from fips_nb.grouping import Group, MLPLinear
+from fips_nb.grouping import Group, PartLinear
 from fips_nb.llm_hub import attach, lora_config, save_dense
 from fips_nb.sparse_factors import factor_layers, factorize, to_dense, topk_mask
 from fips_nb.svd_init import orient
@@ -53,7 +53,7 @@ def mlp_linears(model, d=32):
         role = next((r for k, r in ROLES.items() if n.endswith("." + k)), None)
         if role and "attention" not in n:
             shape = m.weight.shape if isinstance(m, Conv1D) else m.weight.T.shape # (in, out)
-            yield MLPLinear(n, role, d, shape[1] if role == "up" else shape[0])
+            yield PartLinear(n, role, d, shape[1] if role == "up" else shape[0])
 
 
 def factored(model, density=.25, basis=True, runs=1):

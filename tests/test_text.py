@@ -198,9 +198,9 @@ def test_only_the_text_that_is_needed_is_read(tok):
 def test_moments_are_collected_over_the_windows(tok):
     "160 tokens of windows make 160 rows of the second moment."
     from fips_nb.blockwise_opt import collect_moments
-    from fips_nb.grouping import MLPLinear
+    from fips_nb.grouping import PartLinear
     m = llama(); name = "model.layers.0.mlp.up_proj"
-    got = collect_moments(m, TextBatches(DOCS, tok, 16, n=10, model=m), [MLPLinear(name, "up", 32, 48)])[name]
+    got = collect_moments(m, TextBatches(DOCS, tok, 16, n=10, model=m), [PartLinear(name, "up", 32, 48)])[name]
     assert got.n == 160 and got.C.shape == (32, 32)
 
 
