@@ -6,8 +6,9 @@
 __all__ = ['PRESETS', 'Moments', 'feed', 'collect_moments', 'Metric', 'layer_metric', 'v_hessian', 'refit_v', 'refit_u',
            'group_error', 'fit_group', 'fit_svd', 'adaptive_ranks', 'match_blocks', 'predict', 'loss_kind',
            'output_loss', 'start_lr', 'fast_autocast', 'match_outputs', 'write_tensors', 'read_meta', 'Config',
-           'configure', 'plan_groups', 'budget_for_ratio', 'planned_bytes', 'budget_for_bytes', 'fingerprint',
-           'clear_state', 'State', 'round_factors', 'Compressed', 'size_report', 'moment_bytes', 'compress']
+           'configure', 'plan_groups', 'budget_for_ratio', 'planned_parameters', 'planned_bytes', 'planned_operations',
+           'share_for_bytes', 'budget_for_bytes', 'fingerprint', 'clear_state', 'State', 'round_factors', 'Compressed',
+           'size_report', 'moment_bytes', 'block_names', 'fit_bytes', 'compress']
 
 # %% ../nbs/03_blockwise_opt.ipynb #03-003
 import contextlib, copy, dataclasses, difflib, hashlib, inspect, json, math, operator, os, re, time
@@ -19,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 from .svd_init import rank_for_budget, regularize, svd_init, weighted_truncate, whiten
-from .grouping import auto_group, factor_bytes, find_mlps, find_parts, group_mlps, weights
-from .sparse_factors import Pruner, cubic_density, factor_layers, factorize, pick_masks
+from .grouping import auto_group, Part, factor_bytes, find_parts, group_mlps, linear_size, weights
+from .sparse_factors import _Cache, Pruner, cubic_density, factor_layers, factorize, pick_masks
 
 # %% ../nbs/03_blockwise_opt.ipynb #03-007
 @dataclass
@@ -196,7 +197,7 @@ def fit_group(
     Ws:list, # weights (d, h_i)
     Ms:list, # their metrics
     r:int, # rank; 0 fixes the basis to the identity, which is plain sparsity
-    density:float, # share of non-zeros in V, over the group
+    density, # share of non-zeros in V, or a list with one for each matrix
     levels:int=60, # pruning levels
     scope:str='layer', # one density for each matrix ('layer') or one threshold for all ('global')
     pattern=None, # None, 'fan_in' or (n, m)
@@ -206,15 +207,17 @@ def fit_group(
 ) -> tuple: # `U` (d, r) or None, projections (r, h_i)
     "Fit a shared basis and sparse projections to `Ws` by alternating least squares under a falling density."
     U,Vs = (None, [W.clone() for W in Ws]) if r == 0 else svd_init(Ws, r, [M.R.diagonal() if M.R is not None else W.new_full((W.shape[1],), M.L.diagonal().mean().item()) for W,M in zip(Ws, Ms)], seed=seed)
+    steps,before = (4 if U is None else 16), None
     for k in range(1, levels+1):
         scores = [V.pow(2)*v_hessian(U, M, V.shape) if criterion == 'hessian' else V.abs() for V,M in zip(Vs, Ms)]
-        masks = pick_masks(scores, cubic_density(k, levels, density), scope, pattern)
+        masks = pick_masks(scores, [cubic_density(k, levels, p) for p in density] if isinstance(density, (list, tuple)) else cubic_density(k, levels, density), scope, pattern)
         last = k == levels
-        for _ in range(3 if last else 1):
-            Vs = [refit_v(W, M, U, V, m, 12 if last else 8) for W,M,V,m in zip(Ws, Ms, Vs, masks)]
-            if U is not None:
-                U = refit_u(Ws, Ms, U, Vs)
-                norm = U.norm(dim=0).clamp_min(1e-8); U,Vs = U/norm, [V*norm[:,None] for V in Vs]
+        for _ in range(3 if last and U is not None else 1):
+            Vs = [refit_v(W, M, U, V, m, 12 if last and U is not None else steps) for W,M,V,m in zip(Ws, Ms, Vs, masks)]
+            if U is None: break
+            new = refit_u(Ws, Ms, U, Vs)
+            U = new if before is None or last else new + .8*(new - before) # momentum: alternating steps creep
+            norm = U.norm(dim=0).clamp_min(1e-8); before,U,Vs = new/norm, U/norm, [V*norm[:,None] for V in Vs]
         if tick: tick()
     return U, [refit_v(W, M, U, V, m, 16) for W,M,V,m in zip(Ws, Ms, Vs, masks)]
 
@@ -467,7 +470,7 @@ PRESETS = {
     'basis-sharing': Config(split='up', group_size=2, sparsity=0., fit='svd'),
     'aafm': Config(split='linear', group_size=1, sparsity=0., metric='centred', fit='svd', ranks='adaptive'),
     'gfm': Config(split='linear', group_size=1, sparsity=0., metric='centred', fit='svd', ranks='adaptive', match_epochs=3),
-    'sparse': Config(basis='identity', match_epochs=3),
+    'sparse': Config(basis='identity', group_size=1, match_epochs=3),
 }
 
 # %% ../nbs/03_blockwise_opt.ipynb #03-050
@@ -505,7 +508,7 @@ def plan_groups(
     budget:float, # share of the targeted weights' parameters
     filter_fn=None, # see `find_parts`
     seed:int=0,
-) -> list: # of (`Group`, rank, density of V); rank 0 is the identity basis
+) -> list: # of (`Group`, rank, density of V, or one for each linear); rank 0 is the identity basis
     "Groups of `model`, with the ranks and densities that meet `budget`."
     if not 0 < budget <= 1: raise ValueError(f"budget {budget} is outside (0, 1]")
     parts = find_parts(model, cfg.targets, filter_fn)
@@ -545,11 +548,47 @@ def budget_for_ratio(
     return p
 
 # %% ../nbs/03_blockwise_opt.ipynb #03-n06
+def _densities(item):
+    "Density of each linear of an item of a plan."
+    g,_,dn = item
+    return list(dn) if isinstance(dn, (list, tuple)) else [dn]*len(g.linears)
+
+def planned_parameters(
+    plan:list, # from `plan_groups`
+) -> int: # non-zeros of the projections, and the bases
+    "Parameters that the factors of `plan` will have."
+    return sum(g.d*r + sum(round(p*(r or g.d)*l.h) for p,l in zip(_densities((g, r, dn)), g.linears)) for g,r,dn in plan)
+
 def planned_bytes(
     plan:list, # from `plan_groups`
 ) -> int: # bytes
     "What the factors of `plan` will take: 16-bit values, and the places of the non-zeros at their entropy."
-    return sum(factor_bytes(g.d, r, [round(dn*(r or g.d)*l.h) for l in g.linears], [(r or g.d)*l.h for l in g.linears]) for g,r,dn in plan)
+    return sum(factor_bytes(g.d, r, [round(p*(r or g.d)*l.h) for p,l in zip(_densities((g, r, dn)), g.linears)], [(r or g.d)*l.h for l in g.linears]) for g,r,dn in plan)
+
+def planned_operations(
+    plan:list, # from `plan_groups`
+    levels:int, # pruning levels of `fit_group`
+) -> float: # multiplications and additions
+    "Operations of the products in `fit_group`, which take nearly all of its time."
+    def step(g, r, l): # of `refit_v`
+        up = l.role == 'up'
+        if r == 0: return 2*g.d*l.h*(g.d if up else l.h)
+        if r <= g.d: return 2*r*l.h*(r if up else r + l.h)
+        return 4*g.d*r*l.h + 2*g.d*l.h*(g.d if up else l.h)
+    update = lambda g, r, l: 2*r*l.h*(r + g.d + l.h*(l.role == 'down')) + 8*g.d*r*(r + g.d*(l.role == 'up')) # `refit_u`
+    return float(sum((16*levels + 36 if r else 4*levels + 16)*step(g, r, l) + (levels + 2)*update(g, r, l) for g,r,_ in plan for l in g.linears))
+
+def share_for_bytes(
+    model:nn.Module, # dense model
+    nbytes:int, # of the whole model on disk
+    targets:str='mlp', # what is compressed, see `find_parts`
+    filter_fn=None, # see `find_parts`
+) -> float: # share of the targeted weights' 16-bit bytes
+    "What may be stored of the targeted linears so that the model takes `nbytes`, everything else being kept in its dtype; a hundredth is left for names and places."
+    names = [l for part in find_parts(model, targets, filter_fn) for l in part.linears]; ours = sum(l.d*l.h for l in names)
+    rest = sum({id(p): p.nbytes for p in (*model.parameters(), *model.buffers())}.values()) - sum(model.get_submodule(l.name).weight.nbytes for l in names)
+    if (share := .99*(nbytes - rest)/(2*ours)) <= 0: raise ValueError(f"{nbytes:,} bytes cannot be met: what targets={targets!r} leaves alone takes {rest:,}, so the best possible is above that")
+    return min(1., share)
 
 def budget_for_bytes(
     model:nn.Module, # dense model
@@ -699,40 +738,51 @@ def _runs(plan, room):
         out[-1].append(item)
     return out
 
-def _moments(model, batches, plan, name, st, device, progress):
+def _moments(model, batches, plan, name, st, device, progress, stream=False):
     "Moments of the plan's linears, from the state if they are there."
     linears = [l for g,_,_ in plan for l in g.linears]; names = [l.name for l in linears]
     def make():
-        ms = collect_moments(model, batches, linears, device, progress); first = {id(ms[k]): k for k in reversed(names)} # each object once
+        with _Visit(model, block_names(model, linears), device) if stream else contextlib.nullcontext(): ms = collect_moments(model, batches, linears, device, progress)
+        first = {id(ms[k]): k for k in reversed(names)} # each object once
         return {f'{k}/{f}': getattr(ms[k], f) for k in first.values() for f in ('C', 'mean', 'scale')} | {f'{k}/n': torch.tensor([ms[k].n, names.index(first[id(ms[k])])]) for k in names}
     ts = st.part(name, make); owners = {k: names[int(ts[f'{k}/n'][1])] for k in names}
     own = {k: Moments(*(ts[f'{k}/{f}'].to(device) for f in ('C', 'mean', 'scale')), int(ts[f'{k}/n'][0])) for k in set(owners.values())}
     return {k: own[owners[k]] for k in names}
 
 # %% ../nbs/03_blockwise_opt.ipynb #03-061b
-def _problem(dense, group, moments, kind):
+def _check_plan(model, plan):
+    "Refuse a plan that is not of this model; the share of parameters that it keeps."
+    here = {k: s for k,m in model.named_modules() if (s := linear_size(m))}
+    for item in plan:
+        for l in item[0].linears:
+            want = (l.d, l.h) if l.role == 'up' else (l.h, l.d)
+            if here.get(l.name) != want: raise ValueError(f"the plan was made for another model: {l.name} is {want[0]} -> {want[1]} in it, and {'%d -> %d' % here[l.name] if l.name in here else 'no linear layer'} here")
+        if not all(0 < p <= 1 for p in _densities(item)): raise ValueError(f"the plan's densities of {item[0].name} are not all above 0 and at most 1")
+    return planned_parameters(plan)/sum(l.d*l.h for g,_,_ in plan for l in g.linears)
+
+def _problem(dense, group, moments, kind, device=None):
     "Weights of `group` and their metrics."
-    Ws = weights(dense, group)
+    Ws = [W.to(device) for W in weights(dense, group)]
     return Ws, [layer_metric(W, l.role, moments and moments[l.name], kind) for W,l in zip(Ws, group.linears)]
 
-def _adapt_ranks(plan, dense, moments, kind, budget):
+def _adapt_ranks(plan, dense, moments, kind, budget, device):
     "`plan` with ranks that follow the spectra."
-    Ws,Ms = (sum(xs, []) for xs in zip(*(_problem(dense, g, moments, kind) for g,_,_ in plan)))
+    Ws,Ms = (sum(xs, []) for xs in zip(*(_problem(dense, g, moments, kind, device) for g,_,_ in plan)))
     return [(g, r, dn) for (g,_,dn),r in zip(plan, adaptive_ranks(Ws, Ms, budget*sum(W.numel() for W in Ws)))]
 
-def _factors_of(dense, item, moments, cfg, seed, tick):
+def _factors_of(dense, item, moments, cfg, seed, device, tick):
     "Fit one group: its factors, and the error and damping of each layer."
-    g,r,density = item; Ws,Ms = _problem(dense, g, moments, cfg.metric); U,Vs = _fit(cfg, Ws, Ms, r, density, seed, tick)
+    g,r,density = item; Ws,Ms = _problem(dense, g, moments, cfg.metric, device); U,Vs = _fit(cfg, Ws, Ms, r, density, seed, tick)
     figures = {k: torch.tensor(v, dtype=torch.float64) for k,v in (('error', group_error(Ws, Ms, U, Vs)), ('damp', [M.damp for M in Ms]))}
     if cfg.metric == 'centred': figures |= {f'mean{k}': moments[l.name].mean for k,l in enumerate(g.linears)}
     return {f'V{k}': V for k,V in enumerate(Vs)} | ({} if U is None else {'U': U}) | figures
 
-def _factorize_run(out, dense, run, names, moments, cfg, st, seed, progress):
+def _factorize_run(out, dense, run, names, moments, cfg, st, seed, device, progress):
     "Fit the groups of `run`, or read them back, and put their factors into `out`; the report's entry of each layer."
     layers = []
     with tqdm(total=len(run)*(cfg.levels if cfg.fit == 'cg' else 1), desc='factors', disable=not progress, leave=False) as bar:
         for item,name in zip(run, names):
-            g = item[0]; ts = st.part(name, lambda: _factors_of(dense, item, moments, cfg, seed, bar.update))
+            g = item[0]; ts = st.part(name, lambda: _factors_of(dense, item, moments, cfg, seed, device, bar.update))
             factorize(out, g, ts.get('U'), [ts[f'V{k}'] for k in range(len(g.linears))])
             if cfg.metric == 'centred':
                 for k,(l,W) in enumerate(zip(g.linears, weights(dense, g))): _shift_bias(out.get_submodule(l.name), W, ts[f'mean{k}'])
@@ -763,6 +813,55 @@ def _memory_advice(phase):
         knob = dict(moments='shorter or fewer inputs per batch, or a smaller room', factors='a smaller group_size or sparsity', blocks='fewer inputs per batch', outputs='fewer inputs per batch, or match_epochs=0')[phase]
         raise torch.OutOfMemoryError(f"out of memory in phase {phase!r}; what helps: {knob} ({e})") from e
 
+# %% ../nbs/03_blockwise_opt.ipynb #03-n13
+def block_names(
+    model:nn.Module,
+    linears:list, # `PartLinear`s
+) -> list: # dotted names
+    "The blocks beside those that hold `linears`, and these: all children of their containers."
+    parents = dict.fromkeys(Part(l.name, l.d, ()).block.rpartition('.')[0] for l in linears)
+    return [f'{p}.{k}'.lstrip('.') for p in parents for k,_ in model.get_submodule(p).named_children()]
+
+class _Visit:
+    "Lets `model` run on `device` with its weights at home: what lies outside `blocks` comes for the whole visit, blocks one at a time."
+    def __init__(self, model, blocks, device):
+        self.model,self.device,self.stay,self.guest,self.hooks,self.last = model, torch.device(device), {}, {}, [], None
+        self.blocks = [model.get_submodule(b) for b in blocks]
+
+    def put(self, t): return t.to(self.device)
+
+    def bring(self, tensors, home):
+        "Move tensors here and note in `home` what they were."
+        for t in tensors:
+            if t not in home and t.device != self.device: home[t] = t.data; t.data = self.put(t.data)
+
+    def leave(self, home):
+        for t,was in home.items(): t.data = was
+        home.clear()
+
+    def next(self, block, *_):
+        "Send the last block home and bring `block`."
+        self.leave(self.guest); self.bring((*block.parameters(), *block.buffers()), self.guest)
+        for f in factor_layers(self.last or nn.Module()).values(): f._dense = _Cache() # no products stay behind
+        self.last = block
+
+    def __enter__(self):
+        inside = {t for b in self.blocks for t in (*b.parameters(), *b.buffers())}
+        self.bring((t for t in (*self.model.parameters(), *self.model.buffers()) if t not in inside), self.stay)
+        self.hooks = [b.register_forward_pre_hook(self.next) for b in self.blocks]
+
+    def __exit__(self, *_):
+        for h in self.hooks: h.remove()
+        self.leave(self.guest); self.leave(self.stay)
+
+def fit_bytes(
+    group, # `Group`
+    r:int, # rank, 0 for the identity
+) -> int: # bytes
+    "Memory that `fit_group` takes for `group` beside its metrics: weights, projections with scores and masks, the vectors of one solve."
+    n = r or group.d
+    return 4*group.d*(group.H + 3*r) + 9*n*group.H + 20*n*max(l.h for l in group.linears)
+
 # %% ../nbs/03_blockwise_opt.ipynb #03-062
 def compress(
     model:nn.Module, # trained model; it is not changed
@@ -772,7 +871,10 @@ def compress(
     seed:int=0, # of atoms and batch order
     device=None, # where to run; the result comes back to the model's own device
     filter_fn=None, # see `find_parts`
+    plan:list|None=None, # groups with their ranks and densities, see `plan_groups` and notebook 09; instead of `budget`
+    moments:dict|None=None, # of the linears, from `collect_moments`; None collects them
     dtype:torch.dtype|None=None, # of the stored values; None takes the model's own if it has 16 bits, else float16
+    stream:bool=False, # keep the weights where they are and bring them to `device` block by block; needs `match_epochs=0`
     room:float=8., # GiB for the statistics of the layers fitted together; less takes more passes over the batches
     state=None, # folder for resuming
     resume:bool=False, # go on with what lies in `state`
@@ -781,14 +883,19 @@ def compress(
 ) -> Compressed: # factorised copy of the model, and its report
     "Compress the linears of `model` that `targets` names under `budget`."
     t0,cfg = time.perf_counter(), configure(preset, **overrides)
-    plan = plan_groups(model, cfg, budget, filter_fn, seed); first = next(p for p in model.parameters() if p.is_floating_point())
+    if plan is None: plan = plan_groups(model, cfg, budget, filter_fn, seed)
+    elif cfg.fit != 'cg' or cfg.scope == 'global' or cfg.pattern: raise ValueError("a plan says the density of each layer, which needs fit='cg', scope='layer' and no pattern")
+    else: budget = _check_plan(model, plan)
+    first = next(p for p in model.parameters() if p.is_floating_point())
     dtype = dtype or (first.dtype if first.dtype.itemsize == 2 else torch.float16)
     if not dtype.is_floating_point: raise ValueError(f"{dtype} cannot hold factors; use a floating-point dtype")
+    if stream and (cfg.match_epochs or cfg.fit == 'blocks'): raise ValueError("stream=True brings one block at a time, and matching needs the whole network; pass match_epochs=0, or leave out stream")
+    if away := next((k for k,p in model.named_parameters() if p.is_meta), None): raise ValueError(f"{away} is not in memory; load the model without device_map, and let stream=True bring it to the device in parts")
     for k,v in model.state_dict().items():
         if not torch.isfinite(v).all(): raise ValueError(f"{k} holds NaN or infinity")
     if iter(batches) is batches: batches = list(batches)
-    st = State(state, fingerprint(model, batches, budget=budget, cfg=dataclasses.asdict(cfg), seed=seed, dtype=dtype, layers=[[l.name for l in g.linears] for g,_,_ in plan]) if state else {}, resume)
-    device = torch.device(device or first.device); dense = _share(model, device, wide=cfg.match_epochs > 0 or cfg.fit == 'blocks'); out = _share(dense, device); secs,layers,done = {}, [], 0
+    st = State(state, fingerprint(model, batches, budget=budget, cfg=dataclasses.asdict(cfg), seed=seed, dtype=dtype, plan=[([l.name for l in g.linears], r, dn) for g,r,dn in plan]) if state else {}, resume)
+    device = torch.device(device or first.device); dense = _share(model, first.device if stream else device, wide=cfg.match_epochs > 0 or cfg.fit == 'blocks'); out = _share(dense, first.device if stream else device); secs,layers,done = {}, [], 0
     @contextlib.contextmanager
     def phase(name):
         t = time.perf_counter()
@@ -796,10 +903,10 @@ def compress(
         secs[name] = round(secs.get(name, 0.) + time.perf_counter() - t, 2)
     for i,run in enumerate(_runs(plan, math.inf if cfg.ranks == 'adaptive' else room*2**30)):
         names = [f'group-{done + k}' for k in range(len(run))]; done += len(run); needed = cfg.metric != 'identity' and not all(map(st.has, names))
-        with phase('moments'): moments = _moments(dense, batches, run, f'moments-{i}', st, device, progress) if needed else None
+        with phase('moments'): given = moments or (_moments(dense, batches, run, f'moments-{i}', st, device, progress, stream) if needed else None)
         with phase('factors'):
-            if cfg.ranks == 'adaptive' and needed: run = _adapt_ranks(run, dense, moments, cfg.metric, budget)
-            layers += _factorize_run(out, dense, run, names, moments, cfg, st, seed, progress); st.drop(f'moments-{i}')
+            if cfg.ranks == 'adaptive' and needed: run = _adapt_ranks(run, dense, given, cfg.metric, budget, device)
+            layers += _factorize_run(out, dense, run, names, given, cfg, st, seed, device, progress); st.drop(f'moments-{i}')
     if cfg.fit == 'blocks':
         with phase('blocks'): match_blocks(out, dense, batches, list(dict.fromkeys(m.block for m in find_parts(dense, cfg.targets, filter_fn))), 1-plan[0][2], cfg.block_steps, method=cfg.method, scope=cfg.scope, pattern=cfg.pattern, device=device, progress=progress)
     if cfg.match_epochs:

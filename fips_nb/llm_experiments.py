@@ -236,6 +236,7 @@ class TextBatches:
         seed:int=0, # of documents and places
         model:nn.Module|None=None, # whose context and vocabulary are to hold the windows
         overlap:bool=False, # see `pick_windows`
+        fewer:bool=False, # take as many windows as the text has, if `n` are too many
         **reading, # `column`, `lines`, `chat` of `documents`
     ):
         if batch_size < 1: raise ValueError(f"batch size {batch_size} is not positive")
@@ -243,6 +244,7 @@ class TextBatches:
         self.batch_size,self.length = batch_size, _window_length(model, length)
         tokens = _given(source) if torch.is_tensor(source) else self._read(source, tokenizer, n, seed, reading)
         if model is not None: _check_fit(model, tokens)
+        if fewer and tokens.dim() == 1: n = min(n, max(1, len(tokens)//self.length))
         self.windows = self._rows(tokens, n, seed) if tokens.dim() == 2 else self._draw(tokens, n, seed, overlap)
 
     def _read(self, source, tokenizer, n, seed, reading):

@@ -19,6 +19,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 from . import __version__
+from .grouping import linear_size
 from .sparse_factors import FactorLinear, factor_layers, to_dense
 from .blockwise_opt import Compressed
 from .hub import VERSION, _FILES, _check_finite, _check_target, _check_version, _groups, _lay, _order, _outside, _swap_in, _text, _value_dtype, load, pack_values, unpack_values
@@ -89,11 +90,6 @@ def check_shards(
     if why := next(filter(None, (_fits(shapes, k, s) for k,s in want.items())), None): raise ValueError(f"{Path(paths[0]).parent} is incomplete: {why}; copy or download it again")
 
 # %% ../nbs/10_llm_hub.ipynb #10-016
-def _sizes(layer):
-    "Inputs and outputs of a linear or a `Conv1D`, None for anything else."
-    if isinstance(layer, nn.Linear): return layer.in_features, layer.out_features
-    return tuple(layer.weight.shape) if type(layer).__name__ == 'Conv1D' else None
-
 def _find(model, name):
     "The name in `model` of the layer that was saved as `name`, or None."
     p,mods = f'{model.base_model_prefix}.', dict(model.named_modules())
@@ -101,10 +97,10 @@ def _find(model, name):
 
 def _blank(old, group, l):
     "A `FactorLinear` on the device `meta` in place of the layer `old`."
-    w,empty = old.weight, lambda *shape: torch.empty(shape, dtype=old.weight.dtype, device='meta')
+    empty = lambda *shape: torch.empty(shape, dtype=old.weight.dtype, device='meta')
     f = FactorLinear(nn.Parameter(empty(group['d'], group['r'])) if group['r'] else None, empty(*l['shape']), l['role'], empty(l['shape'][1] if l['role'] == 'up' else group['d']) if l['bias'] else None)
     if not isinstance(old, nn.Linear): f.kind = type(old)
-    if _sizes(old) != (f.in_features, f.out_features): raise ValueError(f"{l['name']} is {f.in_features} -> {f.out_features} in the folder, and {type(old).__name__} {_sizes(old)} in this model")
+    if linear_size(old) != (f.in_features, f.out_features): raise ValueError(f"{l['name']} is {f.in_features} -> {f.out_features} in the folder, and {type(old).__name__} {linear_size(old)} in this model")
     return f
 
 def replace_layers(

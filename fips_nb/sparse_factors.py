@@ -101,12 +101,12 @@ def factor_layers(
     return {n: m for n,m in model.named_modules() if isinstance(m, FactorLinear)}
 
 # %% ../nbs/02_sparse_factors.ipynb #02-013
-def _plain(f):
-    "The dense layer that `f` stands for: an `nn.Linear`, or a `Conv1D`, which holds its weight as (in, out) and always has a bias."
-    W,b = f.weight.detach(), f.bias
-    if f.kind is nn.Linear: new = nn.Linear(f.in_features, f.out_features, bias=b is not None, device='meta')
+def _plain(f, kind=None):
+    "The dense layer that `f` stands for, or one of class `kind`: an `nn.Linear`, or a `Conv1D`, which holds its weight as (in, out) and always has a bias."
+    W,b,kind = f.weight.detach(), f.bias, kind or f.kind
+    if kind is nn.Linear: new = nn.Linear(f.in_features, f.out_features, bias=b is not None, device='meta')
     else:
-        with torch.device('meta'): new = f.kind(f.out_features, f.in_features)
+        with torch.device('meta'): new = kind(f.out_features, f.in_features)
         W,b = W.T, W.new_zeros(len(W)) if b is None else b
     new.weight = nn.Parameter(W.clone(memory_format=torch.contiguous_format))
     if b is not None: new.bias = nn.Parameter(b.detach().clone())
@@ -162,14 +162,16 @@ def fan_in_mask(
 # %% ../nbs/02_sparse_factors.ipynb #02-023
 def pick_masks(
     scores:list, # one tensor (r, h_i) per matrix
-    density:float, # share to keep
+    density, # share to keep, or a list with one for each matrix
     scope:str='layer', # 'layer' or 'global' threshold
     pattern=None, # None, 'fan_in', or (n, m) for N:M
 ) -> list: # of bool masks
     "Masks of `density`; an N:M pattern is approached from m:m down to n:m as the density falls."
-    if pattern == 'fan_in': return [fan_in_mask(x, max(1, round(density*len(x)))) for x in scores]
-    if pattern: n,m = pattern; return [nm_mask(x, max(n, math.ceil(density*m - 1e-9)), m) for x in scores]
-    return global_masks(scores, density) if scope == 'global' else [topk_mask(x, density) for x in scores]
+    if scope == 'global': return global_masks(scores, density)
+    each = list(zip(scores, density if isinstance(density, (list, tuple)) else [density]*len(scores)))
+    if pattern == 'fan_in': return [fan_in_mask(x, max(1, round(p*len(x)))) for x,p in each]
+    if pattern: n,m = pattern; return [nm_mask(x, max(n, math.ceil(p*m - 1e-9)), m) for x,p in each]
+    return [topk_mask(x, p) for x,p in each]
 
 # %% ../nbs/02_sparse_factors.ipynb #02-029
 def gmp_sparsity(

@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 import torch.nn.functional as F
-from .svd_init import orient
-from .sparse_factors import FactorLinear, factor_layers, factorize, to_dense
+from .sparse_factors import FactorLinear, factor_layers, _plain, factorize, to_dense
 from .blockwise_opt import configure, plan_groups
 
 # %% ../nbs/04_sparse_kernels.ipynb #04-007
@@ -371,10 +370,7 @@ def pack_layer(
     "Pack one layer."
     if kind not in KINDS: raise ValueError(f"format {kind!r} is not one of {', '.join(KINDS)}")
     if kind != 'materialised': return PackedLinear(f.U, FORMATS[kind](f.V.T if f.role == 'up' else f.V, dtype), f.role, f.bias, readers)
-    new = nn.Linear(f.in_features, f.out_features, bias=f.bias is not None, device='meta')
-    new.weight = nn.Parameter(f.weight.detach().clone(memory_format=torch.contiguous_format), requires_grad=False)
-    if f.bias is not None: new.bias = nn.Parameter(f.bias.detach(), requires_grad=False)
-    return new.eval()
+    return _plain(f, nn.Linear).requires_grad_(False).eval()
 
 # %% ../nbs/04_sparse_kernels.ipynb #04-038
 def pack(

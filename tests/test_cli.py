@@ -129,7 +129,7 @@ def test_help_is_quick_and_light():
     assert res.returncode == 2 and res.stderr.startswith("fips: error: ") and res.stderr.count("\n") == 1 and not res.stdout
 
 
-@pytest.mark.parametrize("command", ["compress", "eval", "info"])
+@pytest.mark.parametrize("command", ["compress", "plan", "eval", "info", "bench", "export"])
 def test_every_command_has_help_with_examples(fips, command):
     status, out, _ = fips(command, "--help")
     assert status == 0 and f"fips {command} " in out and "--json" in out
@@ -308,6 +308,15 @@ def test_weights_of_another_format_and_wrapping(fips, tiny):
     sd = load_file(tiny/"w.safetensors"); torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in sd.items()}}, "w.pth")
     a, b = (json.loads(fips("eval", TINY, "--data", tiny/"images", "--weights", w, "--json")[1]) for w in (tiny/"w.safetensors", "w.pth"))
     assert a["loss"] == b["loss"] and a["n"] == 14
+
+
+def test_a_vision_model_is_planned_and_exported(fips, tiny):
+    words = ["demo-vit", "--n-calib", "80", "--batch-size", "8"]
+    status, out, err = fips("compress", *words, "--target-ratio", ".6", "--match-epochs", "0", "--levels", "10", "--out", "small", "--json"); assert status == 0, err
+    assert out["model_ratio"] <= .6 and out["plan"]["trials"]
+    status, text, err = fips("export", "small", "--out", "dense"); assert status == 0 and "plain weights" in text, err
+    model = demo_vit(pretrained=False); model.load_state_dict(load_file("dense/model.safetensors")); x = demo_images("test")[0][:4]
+    torch.testing.assert_close(model(x), hub.load("small")(x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.skipif(not DATA, reason="FIPS_NB_DATA is not set")

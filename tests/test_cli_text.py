@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 import transformers as tf
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from fips_nb.cli import is_text_model, main
@@ -78,6 +79,80 @@ def test_target_ratio_is_met(lm, tmp_path, capsys, ratio, targets):
     assert ratio - .02 < out['model_ratio'] <= ratio + 1e-6 and out['targets'] == targets
 
 
+def same_tensors(a, b):
+    "The weights in two folders agree bit for bit."
+    one, two = load_file(a / 'model.safetensors'), load_file(b / 'model.safetensors')
+    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_a_plan_is_what_compress_makes_by_itself(lm, tmp_path, capsys):
+    words = [lm / 'llama', '--calib', lm / 'text.txt', '--n-calib', 12, '--batch-size', 1]
+    size = ['--target-ratio', .8]
+    status, plan, err = fips(capsys, 'plan', *words, *size, '--out', tmp_path / 'plan.json', '--json')
+    assert status == 0, err
+    assert plan['size'] <= plan['budget'] * plan['dense_size'] and set(plan['trials']) == {'identity', 'groups of 12, rank 3 d'}
+    assert plan['divergence'] <= min(plan['trials'].values()) and len(plan['layers']) == 9
+    status, text, _ = fips(capsys, 'plan', *words, *size)
+    assert status == 0 and 'this plan' in text and 'model.layers.2.mlp.down_proj' in text
+    status, one, err = fips(capsys, 'compress', *words, *size, '--match-epochs', 0, '--out', tmp_path / 'one', '--json')
+    assert status == 0 and not (tmp_path / 'one.state').exists(), err
+    status, two, err = fips(capsys, 'compress', *words, '--plan', tmp_path / 'plan.json', '--match-epochs', 0, '--out', tmp_path / 'two', '--json')
+    assert status == 0, err
+    same_tensors(tmp_path / 'one', tmp_path / 'two')
+    assert one['plan'] == two['plan'] and .78 < one['model_ratio'] <= .8
+    status, _, err = fips(capsys, 'compress', lm / 'bert', '--calib', lm / 'text.txt', '--plan', tmp_path / 'plan.json', '--out', tmp_path / 'x')
+    assert status == 2 and 'made for another model' in err and err.count('\n') == 1
+    (tmp_path / 'plan.json').write_text('[]')
+    status, _, err = fips(capsys, 'compress', *words, '--plan', tmp_path / 'plan.json', '--out', tmp_path / 'x')
+    assert status == 2 and 'no plan of fips_nb' in err and not (tmp_path / 'x').exists()
+
+
+def test_target_bytes(lm, tmp_path, capsys):
+    words = [lm / 'llama', '--calib', lm / 'text.txt', '--n-calib', 8, '--match-epochs', 0, '--json']
+    dense = fips(capsys, 'compress', *words, '--budget', 1, '--preset', 'sparse', '--out', tmp_path / 'full')[1]
+    ours = 3 * 3 * 32 * 80  # weights of the MLPs, in float32 in the folder
+    goal = dense['dense_bytes'] - 4 * ours + ours  # an MLP weight at half of 16 bits
+    for preset in ('fips', 'sparse'):
+        status, out, err = fips(capsys, 'compress', *words, '--target-bytes', goal, '--preset', preset, '--out', tmp_path / preset)
+        assert status == 0, err
+        assert .9 * ours < out['mlp_bytes'] <= ours and (out['plan'] is None) == (preset == 'sparse')
+    status, _, err = fips(capsys, 'compress', *words[:-1], '--target-bytes', 1000, '--out', tmp_path / 'x')
+    assert status == 2 and 'best possible' in err
+
+
+def test_a_planned_run_resumes_with_its_plan(lm, tmp_path, capsys, monkeypatch):
+    from fips_nb import blockwise_opt as bo, planner
+    words = ['compress', lm / 'llama', '--calib', lm / 'text.txt', '--n-calib', 12, '--target-ratio', .8, '--match-epochs', 1]
+    assert fips(capsys, *words, '--out', tmp_path / 'whole')[0] == 0
+    monkeypatch.setattr(bo, 'match_outputs', lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt()))
+    status, _, err = fips(capsys, *words, '--out', tmp_path / 'cut')
+    assert status == 130 and '--resume' in err and (tmp_path / 'cut.state/plan.json').exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(planner, 'make_plan', lambda *a, **k: 1 / 0)  # not planned again
+    other = [*words, '--out', tmp_path / 'cut', '--resume']
+    other[other.index(.8)] = .9
+    status, _, err = fips(capsys, *other)
+    assert status == 2 and 'budget differ' in err
+    status, _, err = fips(capsys, *words, '--out', tmp_path / 'cut', '--resume')
+    assert status == 0, err
+    same_tensors(tmp_path / 'cut', tmp_path / 'whole')
+    assert not (tmp_path / 'cut.state').exists()
+
+
+def test_export_is_plain_and_answers_alike(lm, small, tmp_path, capsys):
+    folder, _ = small
+    status, out, err = fips(capsys, 'export', folder, '--out', tmp_path / 'dense', '--json')
+    assert status == 0 and out['bytes'] >= 4 * 3 * 3 * 32 * 80, err
+    assert 'quantization_config' not in json.loads((tmp_path / 'dense/config.json').read_text())
+    import fips_nb.hub  # noqa: F401
+    x = torch.arange(16)[None]
+    a, b = (tf.AutoModelForCausalLM.from_pretrained(f)(x).logits for f in (folder, tmp_path / 'dense'))
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert fips(capsys, 'eval', tmp_path / 'dense', '--data', lm / 'text.txt')[0] == 0  # the tokenizer came along
+    assert 'exists' in fips(capsys, 'export', folder, '--out', tmp_path / 'dense')[2]
+    assert 'no folder' in fips(capsys, 'export', tmp_path / 'nowhere', '--out', tmp_path / 'y')[2]
+
+
 def test_encoder(lm, tmp_path, capsys):
     status, out, err = fips(capsys, 'compress', lm / 'bert', '--out', tmp_path / 'x', '--calib', lm / 'text.txt', '--n-calib', 8, '--match-epochs', 1, '--json')
     assert status == 0, err
@@ -97,6 +172,11 @@ def test_encoder(lm, tmp_path, capsys):
     ('compress LM/llama --out OUT --calib LM/text.txt --weights w.safetensors', '--weights is for vision models'),
     ('compress LM/empty --out OUT --calib LM/text.txt', 'no config.json'),
     ('compress demo-vit --out OUT --window 8', '--window is for language models'),
+    ('compress LM/llama --out OUT --calib LM/text.txt --target-ratio 0.8 --sparsity 0.9', 'is what a plan chooses'),
+    ('compress LM/llama --out OUT --calib LM/text.txt --plan nowhere.json', 'no plan nowhere.json'),
+    ('compress LM/llama --out OUT --calib LM/text.txt --plan nowhere.json --preset svd', '--plan is for the preset fips'),
+    ('plan LM/llama --calib LM/text.txt', 'one of the arguments --budget --target-ratio --target-bytes is required'),
+    ('plan LM/llama --target-ratio 0.8', '--calib FILE'),
     ('eval LM/llama', '--data FILE'),
     ('eval LM/empty --data LM/text.txt', 'no config.json'),
     ('eval demo-vit --dense LM/llama', '--dense is for language models'),
@@ -115,7 +195,6 @@ def test_broken_folders(lm, tmp_path, capsys):
     (tmp_path / 'bare' / 'model.safetensors').unlink()
     (tmp_path / 'mute' / 'tokenizer.json').unlink()
     (tmp_path / 'mute' / 'tokenizer_config.json').unlink()
-    from safetensors.torch import load_file, save_file
     ts = load_file(tmp_path / 'lost' / 'model.safetensors')
     ts.pop('model.layers.1.mlp.up_proj.weight')
     save_file(ts, tmp_path / 'lost' / 'model.safetensors', {'format': 'pt'})

@@ -5,9 +5,10 @@ import pytest
 import torch
 import transformers as tf
 
-
+from fips_nb import blockwise_opt as bo
 from fips_nb.blockwise_opt import _memory_advice, _share, collect_moments, compress, feed, fit_group, layer_metric, moment_bytes
 from fips_nb.grouping import find_parts, group_mlps, weights
+from fips_nb.planner import make_plan
 from fips_nb.sparse_factors import factor_layers, factorize, to_dense
 
 SIZE = dict(vocab_size=96, hidden_size=32, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
@@ -176,3 +177,55 @@ def test_out_of_memory_says_what_helps():
     with pytest.raises(torch.OutOfMemoryError, match="'factors'; what helps: a smaller group_size"):
         with _memory_advice('factors'):
             raise torch.OutOfMemoryError('CUDA out of memory')
+
+
+@pytest.mark.parametrize('name', [*MODELS, 'gpt2'])
+def test_streaming_holds_one_block_and_changes_nothing(name, monkeypatch):
+    model, most = make(name), [0]
+
+    class Watched(bo._Visit):  # another piece of the same memory stands for the device
+        def put(self, t):
+            return t.clone()
+
+        def bring(self, ts, home):
+            for t in ts:
+                if t not in home:
+                    home[t], t.data = t.data, self.put(t.data)
+            most[0] = max(most[0], sum(t.nbytes for t in (*self.stay, *self.guest)))
+
+    parts = find_parts(model)
+    blocks = bo.block_names(model, [x for part in parts for x in part.linears])
+    assert set(blocks) == {part.block for part in parts} and len(blocks) == 3
+    sizes = [sum(t.nbytes for m in [model.get_submodule(n)] for t in (*m.parameters(), *m.buffers())) for n in blocks]
+    total = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    kw = dict(budget=.5, levels=3, match_epochs=0, group_size=1, sparsity=.6, room=1e-9)
+    a = compress(model, tokens(), **kw).model
+    monkeypatch.setattr(bo, '_Visit', Watched)
+    b = compress(model, tokens(), stream=True, **kw).model
+    assert total - sum(sizes) < most[0] <= total - sum(sizes) + max(sizes)
+    for p, q in zip(a.parameters(), b.parameters()):
+        assert torch.equal(p, q)
+
+
+def test_streaming_refuses_what_needs_the_whole_network():
+    with pytest.raises(ValueError, match='match_epochs=0'):
+        compress(make('llama-tied'), tokens(), stream=True)
+    away = make('llama-tied')
+    away.model.layers[1].mlp.up_proj.weight = torch.nn.Parameter(away.model.layers[1].mlp.up_proj.weight.detach().to('meta'))
+    with pytest.raises(ValueError, match='layers.1.mlp.up_proj.weight is not in memory'):
+        compress(away, tokens(), match_epochs=0)
+
+
+def test_a_plan_of_streamed_fits_is_the_same_plan(monkeypatch):
+    model, batches = make('llama-untied'), tokens(8, 1)
+    a, b = (make_plan(model, batches, .5, stream=stream) for stream in (False, True))
+    assert a == b and a.about['trials']
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')
+def test_streaming_on_a_device():
+    model = make('llama-tied')
+    a = compress(model, tokens(), match_epochs=0, levels=3, device='cuda').model
+    b = compress(model, tokens(), match_epochs=0, levels=3, device='cuda', stream=True).model
+    for p, q in zip(a.parameters(), b.parameters()):
+        assert p.device.type == q.device.type == 'cpu' and torch.equal(p, q)
