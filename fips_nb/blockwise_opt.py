@@ -757,7 +757,8 @@ def _check_plan(model, plan):
         for l in item[0].linears:
             want = (l.d, l.h) if l.role == 'up' else (l.h, l.d)
             if here.get(l.name) != want: raise ValueError(f"the plan was made for another model: {l.name} is {want[0]} -> {want[1]} in it, and {'%d -> %d' % here[l.name] if l.name in here else 'no linear layer'} here")
-        if not all(0 < p <= 1 for p in _densities(item)): raise ValueError(f"the plan's densities of {item[0].name} are not all above 0 and at most 1")
+        if not isinstance(item[1], int) or item[1] < 0: raise ValueError(f"the plan's rank {item[1]!r} of {item[0].name} is no integer of at least 0")
+        if len(_densities(item)) != len(item[0].linears) or not all(0 < p <= 1 for p in _densities(item)): raise ValueError(f"the plan's densities of {item[0].name} are not one for each linear, above 0 and at most 1")
     return planned_parameters(plan)/sum(l.d*l.h for g,_,_ in plan for l in g.linears)
 
 def _problem(dense, group, moments, kind, device=None):
@@ -858,9 +859,9 @@ def fit_bytes(
     group, # `Group`
     r:int, # rank, 0 for the identity
 ) -> int: # bytes
-    "Memory that `fit_group` takes for `group` beside its metrics: weights, projections with scores and masks, the vectors of one solve."
-    n = r or group.d
-    return 4*group.d*(group.H + 3*r) + 9*n*group.H + 20*n*max(l.h for l in group.linears)
+    "Memory that `fit_group` takes for `group` beside its moments: weights, metrics and their Cholesky test in float64, projections with scores and masks, the vectors of one solve."
+    n,reads = r or group.d, [l.d if l.role == 'up' else l.h for l in group.linears]
+    return 4*group.d*(group.H + 3*r) + 4*sum(i*i for i in reads) + 24*max(reads)**2 + 9*n*group.H + 20*n*max(l.h for l in group.linears)
 
 # %% ../nbs/03_blockwise_opt.ipynb #03-062
 def compress(

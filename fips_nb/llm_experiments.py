@@ -449,8 +449,8 @@ def _metrics(result):
 
 # %% ../nbs/06_llm_experiments.ipynb #06-067
 def evaluate_tasks(
-    model:nn.Module, # transformers model
-    tokenizer, # of Hugging Face
+    model, # transformers model, or a folder with one; a compressed one after `import fips_nb.hub`
+    tokenizer, # of Hugging Face; None takes the folder's own
     tasks:list, # names of tasks
     folder=None, # with YAML files of one's own tasks
     shots:int|None=None, # examples in the prompt; None takes each task's own number
@@ -459,19 +459,21 @@ def evaluate_tasks(
     seed:int=0, # of the choice of examples
     progress:bool=False, # lm-eval's bars on stderr
 ) -> dict: # task -> metrics, their `_stderr`, and n
-    "Evaluate `model` on tasks of lm-eval, in memory."
+    "Evaluate `model` on tasks of lm-eval."
     try: from lm_eval import simple_evaluate; from lm_eval.models.huggingface import HFLM
     except ImportError as e: raise ImportError(f"tasks need lm-eval ({e}); pip install 'fips_nb[eval]'") from e
     if isinstance(tasks, str): raise ValueError(f"tasks is a list of names; pass [{tasks!r}]")
-    was = model.training
+    folder_of_model = None if isinstance(model, nn.Module) else Path(model)
+    if folder_of_model is not None and not folder_of_model.is_dir(): raise ValueError(f"there is no folder {model}")
+    was = folder_of_model is None and model.training
     seeds = dict(random_seed=None, numpy_random_seed=None, torch_random_seed=None, fewshot_random_seed=seed)
     try:
         with contextlib.nullcontext() if progress else _quiet():
             manager = _task_manager(tasks, folder)
-            lm = HFLM(pretrained=model.eval(), tokenizer=tokenizer, batch_size=batch_size)
+            lm = HFLM(pretrained=str(folder_of_model) if folder_of_model else model.eval(), tokenizer=tokenizer, batch_size=batch_size)
             out = simple_evaluate(lm, tasks=list(tasks), num_fewshot=shots, limit=limit, task_manager=manager,
                                   bootstrap_iters=1000, log_samples=False, **seeds)
-    finally: model.train(was)
+    finally: folder_of_model or model.train(was)
     asked = {t: dict(n=n['effective']) for t,n in out['n-samples'].items()} # groups of tasks have no count
     return {t: _metrics(r) | asked.get(t, {}) for t,r in out['results'].items()}
 

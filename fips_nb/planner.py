@@ -112,7 +112,7 @@ def digest(
 class Plan:
     "Who shares a basis with whom, with what rank and what density, and what was predicted of it."
     groups:list # of (`Group`, rank, densities), as `compress(plan=...)` takes them
-    about:dict # `model` (its digest), `targets`, `levels`, `count`, `budget`, `size`, `dense_size`, `divergence`, `trials`
+    about:dict # `model` (its digest), `targets`, `levels`, `count`, `budget`, `size`, `dense_size`, `divergence` (of the last trial), `predicted`, `trials`
 
     def save(self, path):
         "Write the plan as JSON."
@@ -128,6 +128,7 @@ class Plan:
         except ValueError as e: raise ValueError(f"{path} is not valid JSON: {e}") from None
         if not isinstance(about, dict) or about.pop('format', None) != 'fips_nb plan': raise ValueError(f"{path} is no plan of fips_nb")
         if (v := about.pop('version', None)) != 1: raise ValueError(f"{path} has format version {v}, and this fips_nb reads version 1")
+        if lacking := [k for k in ('model', 'targets', 'levels', 'count', 'budget', 'divergence', 'predicted', 'trials', 'groups') if k not in about]: raise ValueError(f"{path} lacks {lacking[0]!r}, so it is no plan of fips_nb")
         try:
             linear = lambda l: PartLinear(l['name'], l['role'], l['d'], l['h'])
             return cls([(Group(g['name'], tuple(map(linear, g['linears']))), g['rank'], [l['density'] for l in g['linears']]) for g in about.pop('groups')], about)
@@ -165,11 +166,14 @@ def _probes(dense, batches, device, enough=4096):
     return [batches[i] for i in held], [b for i,b in enumerate(batches) if i not in held]
 
 def _tried(plans, levels, most):
-    "Levels of the trial fit of each of `plans` that `most` operations allow, the cheap ones first; {} where there is no choice to make."
-    out,cost = {}, lambda k: planned_operations(plans[k], min(30, levels[k]))
-    for k in sorted((k for k in plans if levels[k]), key=cost):
-        if 3*cost(k) + sum(map(cost, out)) < most: out[k] = min(30, levels[k]) # the best is fitted twice more
-    return out
+    "Levels of the trial fit of each of `plans`, as many as `most` operations allow, for as many plans as they allow; {} where there is no choice to make."
+    names = sorted((k for k in plans if levels[k]), key=lambda k: planned_operations(plans[k], 30))
+    while names:
+        for n in (60, 30, 15):
+            costs = [planned_operations(plans[k], min(n, levels[k])) for k in names]
+            if sum(costs) + 2*max(costs) <= (most/10 if n > 30 else most): return {k: min(n, levels[k]) for k in names} # the best is fitted twice more
+        names.pop()
+    return {}
 
 def _affordable(plan, most):
     "The most levels, of 60 and its halves, with which `plan` takes at most `most` operations; None if it takes too many with any."
@@ -202,11 +206,11 @@ class _Trials:
 def _swap_groups(t, fit, plain):
     "Take the basis from groups that do better without one; fits are (plan, model, errors)."
     (plan,out,errors),(simple,other,others) = fit, plain; swaps = [{l.name: other.get_submodule(l.name) for l in g.linears} for g,_,_ in plan]
-    whole,*each = t.measure(out, [{}, *swaps]); better = [s for s,d in zip(swaps, each) if d < whole]; names = {k for s in better for k in s}
-    if not names or t.measure(out, [both := {k: m for s in better for k,m in s.items()}])[0] >= whole: return fit
-    for k,m in both.items(): out.set_submodule(k, m)
-    kept = [item for item in plan if item[0].linears[0].name not in names]
-    return kept + [item for item in simple if item[0].linears[0].name in names], out, errors | {k: others[k] for k in names}
+    whole,*each = t.measure(out, [{}, *swaps]); better = {k: m for s,d in zip(swaps, each) if d < whole for k,m in s.items()}
+    if not better or t.measure(out, [better])[0] >= whole: return fit
+    for k,m in better.items(): out.set_submodule(k, m)
+    basis,none = ([x for x in p if (x[0].linears[0].name in better) == plain] for p,plain in ((plan, False), (simple, True)))
+    return basis + none, out, errors | {k: others[k] for k in better}
 
 def _refine(t, fit, most, count, levels):
     "Densities that follow what errors cost, if a trial confirms it: plan, predicted and measured divergence."
@@ -251,6 +255,6 @@ def make_plan(
     t = _Trials(_share(model, home if stream else device), batches, device, room, stream, progress, 2*len(tried) + 7, targets=targets, seed=seed, filter_fn=filter_fn)
     with contextlib.closing(t.bar):
         fits = {k: (plans[k], *t.fit(plans[k], n)) for k,n in tried.items()}; trials = {k: t.measure(m)[0] for k,(_,m,_) in fits.items()}
-        best = min(trials, key=trials.get); fit = fits[best] if best == 'identity' else _swap_groups(t, fits[best], fits['identity'])
+        best = min(trials, key=trials.get); fit = fits[best] if best == 'identity' or 'identity' not in fits else _swap_groups(t, fits[best], fits['identity'])
         plan,predicted,divergence = _refine(t, fit, budget*full, count, tried[best])
     return done(best, plan, divergence=divergence, predicted=predicted, trials=trials)

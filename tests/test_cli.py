@@ -313,7 +313,7 @@ def test_weights_of_another_format_and_wrapping(fips, tiny):
 def test_a_vision_model_is_planned_and_exported(fips, tiny):
     words = ["demo-vit", "--n-calib", "80", "--batch-size", "8"]
     status, out, err = fips("compress", *words, "--target-ratio", ".6", "--match-epochs", "0", "--levels", "10", "--out", "small", "--json"); assert status == 0, err
-    assert out["model_ratio"] <= .6 and out["plan"]["trials"]
+    out = json.loads(out); assert out["model_ratio"] <= .6 and out["plan"]["trials"]
     status, text, err = fips("export", "small", "--out", "dense"); assert status == 0 and "plain weights" in text, err
     model = demo_vit(pretrained=False); model.load_state_dict(load_file("dense/model.safetensors")); x = demo_images("test")[0][:4]
     torch.testing.assert_close(model(x), hub.load("small")(x), rtol=1e-4, atol=1e-4)
