@@ -259,7 +259,7 @@ def _calib_words(q):
     q.add_argument('--calib', metavar='PATH', help="folder of images, or text, to calibrate with; labels are not used (the demos have their own)")
     q.add_argument('--n-calib', type=_at_least(1), metavar='N', help="so many images, spread over classes (default 1000 or what there is), or windows of text (default 128, more if they are short)")
     q.add_argument('--window', type=_at_least(2), metavar='N', help="tokens of a window of text (default 2048, or what the model takes at most)")
-    q.add_argument('--stream', action='store_true', help="keep the weights off the device but for one block at a time, for models that do not fit; needs --match-epochs 0")
+    q.add_argument('--stream', action='store_true', help="keep the weights off the device but for one block at a time, for models that do not fit (compress: with --match-epochs 0)")
     q.add_argument('--seed', type=_at_least(0), default=0, metavar='N', help="of everything random (default 0)")
     _common(q, batch_size=8)
 
@@ -369,7 +369,9 @@ def _check_compress(a, state):
     _check_out(a, state); cfg = bo.configure(a.preset, **_overrides(a)); sized = [w for w in ('--plan', '--target-ratio', '--target-bytes') if getattr(a, w[2:].replace('-', '_')) is not None]
     if sized and a.preset == 'fips' and (word := next((w for w in ('--sparsity', '--group-size') if getattr(a, w[2:].replace('-', '_')) is not None), None)): raise ValueError(f"{word} is what a plan chooses, and {sized[0]} plans; leave one of them out")
     if a.plan and a.preset != 'fips': raise ValueError(f"--plan is for the preset fips, not {a.preset}")
-    return cfg, Plan.read(a.plan) if a.plan else None
+    plan = Plan.read(a.plan) if a.plan else None
+    if plan and a.targets not in (None, plan.about['targets']): raise ValueError(f"--targets {a.targets} is not what the plan is for, {plan.about['targets']}; leave it out")
+    return cfg, plan
 
 def _overrides(a): return dict(sparsity=a.sparsity, group_size=a.group_size, match_epochs=a.match_epochs, targets=a.targets, levels=a.levels)
 

@@ -21,7 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from . import __version__
 from .grouping import linear_size
 from .sparse_factors import FactorLinear, factor_layers, to_dense
-from .blockwise_opt import Compressed
+from .blockwise_opt import Compressed, on_compressed
 from .hub import VERSION, _FILES, _check_finite, _check_target, _check_version, _groups, _lay, _order, _outside, _swap_in, _text, _value_dtype, load, pack_values, unpack_values
 
 # %% ../nbs/10_llm_hub.ipynb #10-009
@@ -244,6 +244,12 @@ def attach(
     if old is not None and old.quantization_config.quant_method != 'fips': raise ValueError(f"the model is quantised by {old.quantization_config.quant_method}; factors and other quantised layers cannot be saved together")
     model.hf_quantizer = FipsQuantizer(FipsConfig(report=report or (old and old.quantization_config.report))); model.hf_quantizer.values = dtype
     return model
+
+def _ready(res):
+    "Attach to what `compress` made of a model of transformers, so that its own `save_pretrained` works."
+    if isinstance(res.model, transformers.PreTrainedModel): attach(res)
+
+on_compressed[:] = [f for f in on_compressed if f.__name__ != '_ready'] + [_ready]
 
 # %% ../nbs/10_llm_hub.ipynb #10-036
 def write(

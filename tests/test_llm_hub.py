@@ -12,7 +12,7 @@ from transformers import (AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM,
 from transformers.pytorch_utils import Conv1D
 
 from fips_nb import hub, llm_hub
-from fips_nb.blockwise_opt import Compressed, size_report
+from fips_nb.blockwise_opt import Compressed, compress, size_report
 from fips_nb.grouping import Group, PartLinear
 from fips_nb.llm_hub import attach, lora_config, save_dense
 from fips_nb.sparse_factors import factor_layers, factorize, to_dense, topk_mask
@@ -580,3 +580,10 @@ def test_refused_adapters(model, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="variant"): peft.get_peft_model(copy.deepcopy(model), lora_config(model, use_dora=True))
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ImportError, match=r"fips_nb\[lora\]"): lora_config(model)
+
+
+def test_what_compress_returns_can_be_saved_at_once(tmp_path):
+    x = torch.arange(1, 25).view(2, 12)
+    res = compress(BUILD["llama"](), [x, x], .5, levels=2, match_epochs=1); res.model.save_pretrained(tmp_path/"a")
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path/"a").config.quantization_config.report["preset"] == "fips"
+    with torch.no_grad(): assert torch.equal(transformers.AutoModelForCausalLM.from_pretrained(tmp_path/"a")(x).logits, res.model.eval()(x).logits)
