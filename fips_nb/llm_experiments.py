@@ -470,7 +470,8 @@ def evaluate_tasks(
     try:
         with contextlib.nullcontext() if progress else _quiet():
             manager = _task_manager(tasks, folder)
-            lm = HFLM(pretrained=str(folder_of_model) if folder_of_model else model.eval(), tokenizer=tokenizer, batch_size=batch_size)
+            more = dict(device='cuda' if torch.cuda.is_available() else 'cpu') if folder_of_model else {}
+            lm = HFLM(pretrained=str(folder_of_model) if folder_of_model else model.eval(), tokenizer=tokenizer, batch_size=batch_size, **more)
             out = simple_evaluate(lm, tasks=list(tasks), num_fewshot=shots, limit=limit, task_manager=manager,
                                   bootstrap_iters=1000, log_samples=False, **seeds)
     finally: folder_of_model or model.train(was)

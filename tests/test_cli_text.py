@@ -90,7 +90,7 @@ def test_a_plan_is_what_compress_makes_by_itself(lm, tmp_path, capsys):
     size = ['--target-ratio', .8]
     status, plan, err = fips(capsys, 'plan', *words, *size, '--out', tmp_path / 'plan.json', '--json')
     assert status == 0, err
-    assert plan['size'] <= plan['budget'] * plan['dense_size'] and set(plan['trials']) == {'identity', 'groups of 12, rank 3 d'}
+    assert plan['size'] <= plan['budget'] * plan['dense_size'] and set(plan['trials']) <= {'identity', 'groups of 12, rank 3 d', 'groups of 12, rank 5 d'} and 'identity' in plan['trials']
     assert plan['divergence'] <= min(plan['trials'].values()) and len(plan['layers']) == 9
     status, text, _ = fips(capsys, 'plan', *words, *size)
     assert status == 0 and 'this plan' in text and 'model.layers.2.mlp.down_proj' in text
