@@ -139,6 +139,20 @@ def test_a_planned_run_resumes_with_its_plan(lm, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / 'cut.state').exists()
 
 
+def test_a_large_model_is_given_what_can_be_computed(capsys):
+    from fips_nb.cli import _can_match, enough_windows
+    shape = dict(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=True)
+    with torch.device('meta'):
+        big = tf.LlamaForCausalLM(tf.LlamaConfig(**shape))
+    n = enough_windows(big, 2048)
+    assert 8 <= n < 32 and n * 2048 > 16_000 and enough_windows(big, 2048, 'cuda') == 128  # a CPU has hours, not days
+
+    class Batches:
+        windows = torch.zeros(n, 2048)
+    assert not _can_match(big, Batches, torch.device('cpu')) and '--match-epochs 3' in capsys.readouterr().err
+    assert _can_match(big, Batches, torch.device('cuda')) and not capsys.readouterr().err
+
+
 def test_export_is_plain_and_answers_alike(lm, small, tmp_path, capsys):
     folder, _ = small
     status, out, err = fips(capsys, 'export', folder, '--out', tmp_path / 'dense', '--json')
