@@ -89,7 +89,7 @@ def allocate(
     grids = [[min(1., q*swing**(k/40)) for k in range(-40, 41)] for *_,q in flat]
     def cost(g, r, l, q): # as planned_parameters and planned_bytes count it
         n = (r or g.d)*l.h
-        return q*n if count == 'parameters' else factor_bytes(0, 0, [round(q*n)], [n])
+        return round(q*n) if count == 'parameters' else factor_bytes(0, 0, [round(q*n)], [n])
     costs = [[cost(g, r, l, q) for q in grid] for (g,r,l,_),grid in zip(flat, grids)]
     losses = [[s*f(q) for q in grid] for s,f,grid in zip(slopes, curves, grids)]
     def pick(lam): return [min(range(len(c)), key=lambda i: e[i] + lam*c[i]) for e,c in zip(losses, costs)]
