@@ -7,8 +7,8 @@ __all__ = ['PRESETS', 'on_compressed', 'Moments', 'feed', 'collect_moments', 'Me
            'refit_u', 'group_error', 'fit_group', 'fit_svd', 'adaptive_ranks', 'match_blocks', 'predict', 'loss_kind',
            'output_loss', 'start_lr', 'fast_autocast', 'match_outputs', 'write_tensors', 'read_meta', 'Config',
            'configure', 'plan_groups', 'budget_for_ratio', 'planned_parameters', 'planned_bytes', 'planned_operations',
-           'share_for_bytes', 'budget_for_bytes', 'fingerprint', 'clear_state', 'State', 'round_factors', 'Compressed',
-           'size_report', 'moment_bytes', 'block_names', 'fit_bytes', 'compress']
+           'share_for_bytes', 'budget_for_bytes', 'digest', 'fingerprint', 'clear_state', 'State', 'round_factors',
+           'Compressed', 'size_report', 'moment_bytes', 'block_names', 'fit_bytes', 'compress']
 
 # %% ../nbs/03_blockwise_opt.ipynb #03-003
 import contextlib, copy, dataclasses, difflib, hashlib, inspect, json, math, operator, os, re, time
@@ -578,6 +578,7 @@ def planned_operations(
     update = lambda g, r, l: 2*r*l.h*(r + g.d + l.h*(l.role == 'down')) + 8*g.d*r*(r + g.d*(l.role == 'up')) # `refit_u`
     return float(sum((16*levels + 36 if r else 4*levels + 16)*step(g, r, l) + (levels + 2)*update(g, r, l) for g,r,_ in plan for l in g.linears))
 
+# %% ../nbs/03_blockwise_opt.ipynb #03-n21
 def share_for_bytes(
     model:nn.Module, # dense model
     nbytes:int, # of the whole model on disk
@@ -610,17 +611,24 @@ def budget_for_bytes(
 # %% ../nbs/03_blockwise_opt.ipynb #03-057
 def _raw(t): return t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
+def digest(
+    model:nn.Module,
+) -> str:
+    "What tells the weights of one model from those of another: a hash of names, shapes and values."
+    h = hashlib.sha256()
+    for k,v in model.state_dict().items(): h.update(f'{k}{tuple(v.shape)}'.encode()); h.update(_raw(v))
+    return h.hexdigest()
+
 def fingerprint(
     model:nn.Module,
     batches, # re-iterable; the first batch and the number of batches count
     **settings,
 ) -> dict: # part -> digest or text
     "What a run depends on."
-    h,first = hashlib.sha256(), next(iter(batches), None)
-    for k,v in model.state_dict().items(): h.update(k.encode()); h.update(_raw(v))
+    first = next(iter(batches), None)
     x = first if torch.is_tensor(first) else next(iter(first.values() if isinstance(first, dict) else first)) if first is not None else torch.zeros(0)
     data = hashlib.sha256(_raw(x)).hexdigest() + f'/{operator.length_hint(batches)}'
-    return dict(model=h.hexdigest(), data=data, settings=json.dumps(settings, sort_keys=True, default=str), torch=torch.__version__)
+    return dict(model=digest(model), data=data, settings=json.dumps(settings, sort_keys=True, default=str), torch=torch.__version__)
 
 # %% ../nbs/03_blockwise_opt.ipynb #03-057b
 def clear_state(
@@ -857,6 +865,7 @@ class _Visit:
         for h in self.hooks: h.remove()
         self.leave(self.guest); self.leave(self.stay)
 
+# %% ../nbs/03_blockwise_opt.ipynb #03-n23
 def fit_bytes(
     group, # `Group`
     r:int, # rank, 0 for the identity

@@ -415,6 +415,7 @@ def _calibration(a, text, model, tokenizer, device):
     batches = text_batches(model, tokenizer, a.calib, a.window, a.batch_size, a.n_calib, a.seed, device)
     return batches, len(batches.windows), f'windows of {batches.length} tokens'
 
+# %% ../nbs/11_cli.ipynb #11-n19
 def _compress(a):
     "Run `fips compress`; the JSON object and the report."
     import torch
@@ -446,8 +447,9 @@ def _compress(a):
     return out, _compress_text(out, report['layers'], unit)
 
 def _can_match(model, batches, device):
-    "Whether three passes of matching outputs take at most `1e15` operations on a CPU, `2e17` elsewhere; if not, say so."
-    cost,most = 3*8*sum(p.numel() for p in model.parameters())*batches.windows.numel(), 1e15 if device.type == 'cpu' else 2e17
+    "Whether three passes of matching outputs take at most the operations that a command may; if not, say so."
+    from fips_nb.planner import operations_for
+    cost,most = 3*8*sum(p.numel() for p in model.parameters())*batches.windows.numel(), operations_for(device)
     if cost > most: print(f'fips: outputs are not matched, which would take {cost:.1e} operations here; --match-epochs 3 does it all the same', file=sys.stderr)
     return cost <= most
 
