@@ -5,9 +5,12 @@ TORCH_INDEX ?=
 PIP_ARGS ?=
 FLAGS ?=
 NB ?=
-OMP_NUM_THREADS ?= 2
-export OMP_NUM_THREADS
+JOBS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+# tests: as many processes as JOBS, one thread each, and none that spins while it waits: on a busy machine several
+# threads on small models take longer than one
+POLITE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 
 BIN := $(VENV)/bin
 # a Quarto on the PATH is used as it is; without one the `docs` extra brings its own
@@ -22,6 +25,7 @@ help: ## list the commands
 	@echo "           TORCH_INDEX=URL     where torch and torchvision come from, to choose a CPU or a CUDA build"
 	@echo "           PIP_ARGS='...'      more arguments for pip install"
 	@echo "           FLAGS='slow cuda'   also run the cells with these flags (test, run)"
+	@echo "           JOBS=4              processes that test at the same time (default 2)"
 
 # ---- environments: one stamp per set of extras, so that a second call costs nothing ----
 
@@ -62,12 +66,12 @@ demo: $(VENV)/.run ## compress the small demo model, evaluate it, write it to de
 # ---- work ----
 
 test: $(VENV)/.test ## everything: generated files in sync, notebooks, pytest
-	$(BIN)/python -m pytest -m sync
-	$(BIN)/nbdev_test --n_workers 1 --timing --flags "$(FLAGS)"
-	$(BIN)/python -m pytest -m "not sync"
+	$(POLITE) $(BIN)/python -m pytest -m sync
+	$(POLITE) $(BIN)/nbdev_test --n_workers $(JOBS) --timing --flags "$(FLAGS)"
+	$(POLITE) $(BIN)/python -m pytest -m "not sync" -n $(JOBS) --dist loadfile
 
-check: $(VENV)/.test ## only the quick checks: generated files, sidebar, versions, outputs
-	$(BIN)/python -m pytest tests/test_packaging.py
+check: $(VENV)/.test ## only the quick checks: generated files, layout, import direction, outputs, figures
+	$(POLITE) $(BIN)/python -m pytest tests/test_packaging.py -n $(JOBS)
 
 export: $(VENV)/.test ## write fips_nb/ from the notebooks
 	$(BIN)/nbdev_export
@@ -88,7 +92,8 @@ preview: $(VENV)/.test ## render the pages without Quarto into _preview/, to loo
 
 docs: $(DOCS_ENV) ## render the site with Quarto into _docs/
 	@touch README.md # nbdev renders README.md by itself when it is older than the index notebook
-	PATH="$(CURDIR)/$(BIN):$$PATH"; command -v quarto >/dev/null || { echo "Quarto is missing" >&2; exit 1; }; nbdev_docs --n_workers 1
+	PATH="$(CURDIR)/$(BIN):$$PATH"; command -v quarto >/dev/null || { echo "Quarto is missing" >&2; exit 1; }; \
+	PYTHONPATH="$(CURDIR)" nbdev_docs --n_workers 0
 
 clean: ## remove what the commands above wrote, except $(VENV)
 	rm -rf demo-out _proc _docs _preview build dist *.egg-info .pytest_cache

@@ -1,1 +1,14 @@
 __version__ = "0.1.0"
+
+_HOME = dict(compress="pipeline", save="hub", load="hub", evaluate="evaluation")
+__all__ = [*_HOME]
+
+
+def __getattr__(name):
+    "Import `compress`, `save`, `load` and `evaluate` when they are first asked for, so that the package stays light."
+    if name not in _HOME: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__(): return [*globals(), *_HOME]

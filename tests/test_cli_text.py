@@ -1,4 +1,4 @@
-"""The command line on language models: a small Llama with a small tokenizer, in a folder as transformers writes it."""
+"""The command line on language models: a small Llama in a folder as transformers writes it."""
 import json
 import shutil
 
@@ -8,26 +8,46 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from fips_nb.cli import is_text_model, main
+import fips_nb.transformers_folders  # noqa: F401 (registers the format with transformers)
+from fips_nb import pipeline, planner
+from fips_nb.budgets import configure
+from fips_nb.cli import main
+from fips_nb.models import is_text_model
+from fips_nb.text import enough_windows
 
 pytestmark = pytest.mark.usefixtures('one_thread')
-TEXT = ['def read(self, size=-1):\n    return self.buffer.read(size)\n' * 12, 'for name in sorted(names):\n    print(name, len(names[name]))\n' * 12] * 4
+TEXT = ['def read(self, size=-1):\n    return self.buffer.read(size)\n' * 12,
+        'for name in sorted(names):\n    print(name, len(names[name]))\n' * 12] * 4
+END = '<|endoftext|>'
+
+
+def small_tokenizer():
+    "A tokenizer of 320 byte pairs."
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=[END], initial_alphabet=alphabet,
+                                  show_progress=False)
+    tok.train_from_iterator(TEXT, trainer)
+    return tf.PreTrainedTokenizerFast(tokenizer_object=tok, bos_token=END, eos_token=END,
+                                      pad_token=END)
 
 
 @pytest.fixture(scope='module')
 def lm(tmp_path_factory):
     "Folder with a Llama, an encoder, their text, and an empty folder."
     root = tmp_path_factory.mktemp('lm')
-    tok = Tokenizer(models.BPE())
-    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tok.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=320, special_tokens=['<|endoftext|>'], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    tok = tf.PreTrainedTokenizerFast(tokenizer_object=tok, bos_token='<|endoftext|>', eos_token='<|endoftext|>', pad_token='<|endoftext|>')
-    size = dict(vocab_size=len(tok), hidden_size=32, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=32, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    tok = small_tokenizer()
+    size = dict(vocab_size=len(tok), hidden_size=32, intermediate_size=80, num_hidden_layers=3,
+                num_attention_heads=4, max_position_embeddings=32, bos_token_id=0, eos_token_id=0,
+                pad_token_id=0)
     torch.manual_seed(0)
-    for name, model in (('llama', tf.LlamaForCausalLM(tf.LlamaConfig(**size, num_key_value_heads=2))), ('bert', tf.BertModel(tf.BertConfig(**size)))):
+    llama = tf.LlamaForCausalLM(tf.LlamaConfig(**size, num_key_value_heads=2))
+    for name, model in (('llama', llama), ('bert', tf.BertModel(tf.BertConfig(**size)))):
         model.save_pretrained(root / name)
         tok.save_pretrained(root / name)
-    (root / 'text.txt').write_text('<|endoftext|>'.join(TEXT))
+    (root / 'text.txt').write_text(END.join(TEXT))
     (root / 'short.txt').write_text('def')
     (root / 'empty').mkdir()
     return root
@@ -42,7 +62,9 @@ def fips(capsys, *words):
 
 @pytest.fixture
 def small(lm, tmp_path, capsys):
-    status, out, err = fips(capsys, 'compress', lm / 'llama', '--out', tmp_path / 'small', '--calib', lm / 'text.txt', '--n-calib', 12, '--match-epochs', 1, '--json')
+    "A compressed Llama, and what was said of it."
+    words = ['--calib', lm / 'text.txt', '--n-calib', 12, '--distill-epochs', 1, '--json']
+    status, out, err = fips(capsys, 'compress', lm / 'llama', '--out', tmp_path / 'small', *words)
     assert status == 0, err
     return tmp_path / 'small', out
 
@@ -50,31 +72,41 @@ def small(lm, tmp_path, capsys):
 def test_compress_eval_info(lm, small, capsys):
     folder, made = small
     assert made['n_calib'] == 12 and made['targets'] == 'mlp' and abs(made['mlp_budget'] - .5) < .02
-    status, ev, err = fips(capsys, 'eval', folder, '--data', lm / 'text.txt', '--dense', lm / 'llama', '--json')
+    data = ['--data', lm / 'text.txt']
+    status, ev, err = fips(capsys, 'eval', folder, *data, '--dense', lm / 'llama', '--json')
     assert status == 0 and err == ''
-    assert ev['window'] == 32 and ev['n_tokens'] > 500 and ev['perplexity'] > 1 and ev['bytes'] == made['bytes']
-    status, dense, _ = fips(capsys, 'eval', lm / 'llama', '--data', lm / 'text.txt', '--json')
-    assert abs(dense['perplexity'] - ev['dense']['perplexity']) < 1e-6 and dense['n_tokens'] == ev['n_tokens']
-    status, text, _ = fips(capsys, 'eval', folder, '--data', lm / 'text.txt')
+    assert ev['window'] == 32 and ev['n_tokens'] > 500 and ev['perplexity'] > 1
+    assert ev['bytes'] == made['bytes']
+    status, dense, _ = fips(capsys, 'eval', lm / 'llama', *data, '--json')
+    assert abs(dense['perplexity'] - ev['dense']['perplexity']) < 1e-6
+    assert dense['n_tokens'] == ev['n_tokens']
+    status, text, _ = fips(capsys, 'eval', folder, *data)
     assert 'perplexity' in text and f"{ev['n_tokens']:,} tokens" in text
+    status, text, _ = fips(capsys, 'eval', folder, *data, '--dense', lm / 'llama')
+    assert f"dense {lm / 'llama'}  " in text and f"{ev['dense']['dense_bytes_16']:,}" in text
     status, info, _ = fips(capsys, 'info', folder, '--json')
-    assert status == 0 and info['arch'] == 'LlamaForCausalLM' and len(info['layers']) == 9 and info['bytes'] == ev['bytes']
-    assert fips(capsys, 'info', folder)[0] == 0
+    assert status == 0 and info['arch'] == 'LlamaForCausalLM' and len(info['layers']) == 9
+    assert info['bytes'] == ev['bytes']
+    status, text, _ = fips(capsys, 'info', folder)
+    assert status == 0 and all(name in text for name in ('gate_proj', 'up_proj', 'down_proj'))
 
 
 def test_what_was_written_opens_with_transformers_and_answers_alike(lm, small):
-    import fips_nb.hub  # noqa: F401
     folder, _ = small
-    model, tok = tf.AutoModelForCausalLM.from_pretrained(folder), tf.AutoTokenizer.from_pretrained(folder)
+    model = tf.AutoModelForCausalLM.from_pretrained(folder)
+    tok = tf.AutoTokenizer.from_pretrained(folder)
     x = torch.tensor([tok(TEXT[0])['input_ids'][:16]])
-    a, b = model(x).logits, tf.AutoModelForCausalLM.from_pretrained(lm / 'llama')(x).logits
+    a = model(x).logits
+    b = tf.AutoModelForCausalLM.from_pretrained(lm / 'llama')(x).logits
     assert a.shape == b.shape and not torch.equal(a, b)
     assert model.generate(x, max_new_tokens=4, do_sample=False).shape == (1, 20)
 
 
 @pytest.mark.parametrize('ratio, targets', [(.8, 'mlp'), (.7, 'all')])
 def test_target_ratio_is_met(lm, tmp_path, capsys, ratio, targets):
-    status, out, err = fips(capsys, 'compress', lm / 'llama', '--out', tmp_path / 'x', '--calib', lm / 'text.txt', '--target-ratio', ratio, '--targets', targets, '--match-epochs', 0, '--n-calib', 8, '--json')
+    words = ['--calib', lm / 'text.txt', '--target-ratio', ratio, '--targets', targets,
+             '--distill-epochs', 0, '--n-calib', 8, '--json']
+    status, out, err = fips(capsys, 'compress', lm / 'llama', '--out', tmp_path / 'x', *words)
     assert status == 0, err
     assert ratio - .02 < out['model_ratio'] <= ratio + 1e-6 and out['targets'] == targets
 
@@ -87,44 +119,62 @@ def same_tensors(a, b):
 
 def test_a_plan_is_what_compress_makes_by_itself(lm, tmp_path, capsys):
     words = [lm / 'llama', '--calib', lm / 'text.txt', '--n-calib', 12, '--batch-size', 1]
-    size = ['--target-ratio', .8]
-    status, plan, err = fips(capsys, 'plan', *words, *size, '--out', tmp_path / 'plan.json', '--json')
+    size, rest = ['--target-ratio', .8], ['--distill-epochs', 0, '--json']
+    file = tmp_path / 'plan.json'
+    status, plan, err = fips(capsys, 'plan', *words, *size, '--out', file, '--json')
     assert status == 0, err
-    assert plan['size'] <= plan['budget'] * plan['dense_size'] and set(plan['trials']) <= {'identity', 'groups of 12, rank 3 d', 'groups of 12, rank 5 d'} and 'identity' in plan['trials']
+    assert plan['size'] <= plan['budget'] * plan['dense_size']
+    known = {'pruning', 'groups of 12, rank 3 d', 'groups of 12, rank 5 d'}
+    assert set(plan['trials']) <= known and 'pruning' in plan['trials']
     assert plan['divergence'] <= min(plan['trials'].values()) and len(plan['layers']) == 9
-    status, text, _ = fips(capsys, 'plan', *words, *size)
+    status, text, _ = fips(capsys, 'plan', *words, *size, '--layers')
     assert status == 0 and 'this plan' in text and 'model.layers.2.mlp.down_proj' in text
-    status, one, err = fips(capsys, 'compress', *words, *size, '--match-epochs', 0, '--out', tmp_path / 'one', '--json')
+    out = ['--out', tmp_path / 'one']
+    status, one, err = fips(capsys, 'compress', *words, *size, *rest, *out)
     assert status == 0 and not (tmp_path / 'one.state').exists(), err
-    status, two, err = fips(capsys, 'compress', *words, '--plan', tmp_path / 'plan.json', '--match-epochs', 0, '--out', tmp_path / 'two', '--json')
+    out = ['--out', tmp_path / 'two']
+    status, two, err = fips(capsys, 'compress', *words, '--plan', file, *rest, *out)
     assert status == 0, err
     same_tensors(tmp_path / 'one', tmp_path / 'two')
     assert one['plan'] == two['plan'] and .78 < one['model_ratio'] <= .8
-    status, _, err = fips(capsys, 'compress', lm / 'bert', '--calib', lm / 'text.txt', '--plan', tmp_path / 'plan.json', '--out', tmp_path / 'x')
+    planned = ['--calib', lm / 'text.txt', '--plan', file, '--out', tmp_path / 'x']
+    status, _, err = fips(capsys, 'compress', lm / 'bert', *planned)
     assert status == 2 and 'made for another model' in err and err.count('\n') == 1
-    (tmp_path / 'plan.json').write_text('[]')
-    status, _, err = fips(capsys, 'compress', *words, '--plan', tmp_path / 'plan.json', '--out', tmp_path / 'x')
+    file.write_text('[]')
+    status, _, err = fips(capsys, 'compress', *words, '--plan', file, '--out', tmp_path / 'x')
     assert status == 2 and 'no plan of fips_nb' in err and not (tmp_path / 'x').exists()
 
 
 def test_target_bytes(lm, tmp_path, capsys):
-    words = [lm / 'llama', '--calib', lm / 'text.txt', '--n-calib', 8, '--match-epochs', 0, '--json']
-    dense = fips(capsys, 'compress', *words, '--budget', 1, '--preset', 'sparse', '--out', tmp_path / 'full')[1]
-    ours = 3 * 3 * 32 * 80  # weights of the MLPs, in float32 in the folder
-    goal = dense['dense_bytes'] - 4 * ours + ours  # an MLP weight at half of 16 bits
-    for preset in ('fips', 'sparse'):
-        status, out, err = fips(capsys, 'compress', *words, '--target-bytes', goal, '--preset', preset, '--out', tmp_path / preset)
-        assert status == 0, err
-        assert .9 * ours < out['mlp_bytes'] <= ours and (out['plan'] is None) == (preset == 'sparse')
-    status, _, err = fips(capsys, 'compress', *words[:-1], '--target-bytes', 1000, '--out', tmp_path / 'x')
+    words = [lm / 'llama', '--calib', lm / 'text.txt', '--n-calib', 8, '--distill-epochs', 0,
+             '--json']
+    full = ['--budget', 1, '--preset', 'pruning', '--out', tmp_path / 'full']
+    dense = fips(capsys, 'compress', *words, *full)[1]
+    ours = 3 * 3 * 32 * 80  # weights of the MLPs
+    half = dict(goal=dense['dense_bytes_16'] - ours, more=[])  # an MLP weight at half of 16 bits
+    kept = dict(goal=dense['dense_bytes'] - 4 * ours + ours, more=['--keep-float32'])
+    for size in (half, kept):
+        for preset in ('fips-als', 'pruning'):
+            out = tmp_path / f"{preset}{len(size['more'])}"
+            given = ['--target-bytes', size['goal'], '--preset', preset, *size['more']]
+            status, out, err = fips(capsys, 'compress', *words, *given, '--out', out)
+            assert status == 0, err
+            assert .9 * ours < out['mlp_bytes'] <= ours
+            assert (out['plan'] is None) == (preset == 'pruning')
+    few = ['--target-bytes', 1000, '--out', tmp_path / 'x']
+    status, _, err = fips(capsys, 'compress', *words[:-1], *few)
     assert status == 2 and 'best possible' in err
 
 
+def interrupt(*a, **k):
+    raise KeyboardInterrupt
+
+
 def test_a_planned_run_resumes_with_its_plan(lm, tmp_path, capsys, monkeypatch):
-    from fips_nb import blockwise_opt as bo, planner
-    words = ['compress', lm / 'llama', '--calib', lm / 'text.txt', '--n-calib', 12, '--target-ratio', .8, '--match-epochs', 1]
+    words = ['compress', lm / 'llama', '--calib', lm / 'text.txt', '--n-calib', 12,
+             '--target-ratio', .8, '--distill-epochs', 1]
     assert fips(capsys, *words, '--out', tmp_path / 'whole')[0] == 0
-    monkeypatch.setattr(bo, 'match_outputs', lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt()))
+    monkeypatch.setattr(pipeline, 'distill_outputs', interrupt)
     status, _, err = fips(capsys, *words, '--out', tmp_path / 'cut')
     assert status == 130 and '--resume' in err and (tmp_path / 'cut.state/plan.json').exists()
     monkeypatch.undo()
@@ -139,41 +189,61 @@ def test_a_planned_run_resumes_with_its_plan(lm, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / 'cut.state').exists()
 
 
-def test_a_large_model_is_given_what_can_be_computed(capsys):
-    from fips_nb.cli import _can_match, enough_windows
-    shape = dict(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=True)
+def test_a_large_model_is_given_what_can_be_computed():
+    "The modules below decide it, so Python and the command line agree."
+    shape = dict(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+                 num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=True)
     with torch.device('meta'):
         big = tf.LlamaForCausalLM(tf.LlamaConfig(**shape))
     n = enough_windows(big, 2048)
-    assert 8 <= n < 32 and n * 2048 > 16_000 and enough_windows(big, 2048, 'cuda') == 128  # a CPU has hours, not days
+    assert 8 <= n < 32 and n * 2048 > 16_000  # a CPU has hours, not days
+    assert enough_windows(big, 2048, 'cuda') == 128
+    cfg = configure()
+    with pytest.warns(UserWarning, match=f'distill_epochs={cfg.distill_epochs} does them'):
+        left, notes = pipeline.limit_distillation(big, cfg, n * 2048, 'cpu')
+    assert cfg.distill_epochs == 3 and left.distill_epochs == 0 and len(notes) == 1
+    assert pipeline.limit_distillation(big, cfg, n * 2048, 'cuda') == (cfg, [])
 
-    class Batches:
-        windows = torch.zeros(n, 2048)
-    assert not _can_match(big, Batches, torch.device('cpu')) and '--match-epochs 3' in capsys.readouterr().err
-    assert _can_match(big, Batches, torch.device('cuda')) and not capsys.readouterr().err
+
+def test_distillation_that_is_left_out_is_said(lm, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pipeline, 'can_distill', lambda *a: False)
+    words = ['compress', lm / 'llama', '--calib', lm / 'text.txt', '--n-calib', 8]
+    status, out, err = fips(capsys, *words, '--out', tmp_path / 'x')
+    lines = err.splitlines()
+    assert status == 0 and 'Note: distillation is left out' in out
+    assert len(lines) == 2 and 'no distillation' in lines[0]
+    assert lines[1].startswith('fips: warning: distillation is left out')
+    status, out, err = fips(capsys, *words, '--out', tmp_path / 'y', '--distill-epochs', 1)
+    assert status == 0 and '1 distillation epoch;' in err and 'left out' not in out + err
 
 
 def test_export_is_plain_and_answers_alike(lm, small, tmp_path, capsys):
     folder, _ = small
-    status, out, err = fips(capsys, 'export', folder, '--out', tmp_path / 'dense', '--json')
+    plain = tmp_path / 'dense'
+    status, out, err = fips(capsys, 'export', folder, '--out', plain, '--json')
     assert status == 0 and out['bytes'] >= 4 * 3 * 3 * 32 * 80, err
-    assert 'quantization_config' not in json.loads((tmp_path / 'dense/config.json').read_text())
-    import fips_nb.hub  # noqa: F401
+    assert 'quantization_config' not in json.loads((plain / 'config.json').read_text())
     x = torch.arange(16)[None]
-    a, b = (tf.AutoModelForCausalLM.from_pretrained(f)(x).logits for f in (folder, tmp_path / 'dense'))
+    a, b = (tf.AutoModelForCausalLM.from_pretrained(f)(x).logits for f in (folder, plain))
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-    assert fips(capsys, 'eval', tmp_path / 'dense', '--data', lm / 'text.txt')[0] == 0  # the tokenizer came along
-    assert 'exists' in fips(capsys, 'export', folder, '--out', tmp_path / 'dense')[2]
+    status, _, err = fips(capsys, 'eval', plain, '--data', lm / 'text.txt')
+    assert status == 0, err  # the tokenizer came along
+    assert 'exists' in fips(capsys, 'export', folder, '--out', plain)[2]
     assert 'no folder' in fips(capsys, 'export', tmp_path / 'nowhere', '--out', tmp_path / 'y')[2]
 
 
 def test_encoder(lm, tmp_path, capsys):
-    status, out, err = fips(capsys, 'compress', lm / 'bert', '--out', tmp_path / 'x', '--calib', lm / 'text.txt', '--n-calib', 8, '--match-epochs', 1, '--json')
+    text, out = lm / 'text.txt', tmp_path / 'x'
+    words = ['--calib', text, '--n-calib', 8, '--distill-epochs', 1, '--json']
+    status, _, err = fips(capsys, 'compress', lm / 'bert', '--out', out, *words)
     assert status == 0, err
-    status, ev, err = fips(capsys, 'eval', tmp_path / 'x', '--data', lm / 'text.txt', '--dense', lm / 'bert', '--json')
+    beside = ['--data', text, '--dense', lm / 'bert']
+    status, ev, err = fips(capsys, 'eval', out, *beside, '--json')
     assert status == 0, err
     assert .5 < ev['cosine'] <= 1 and ev['n'] == len(TEXT)
-    assert 'encoder' in fips(capsys, 'eval', tmp_path / 'x', '--data', lm / 'text.txt')[2]
+    status, said, _ = fips(capsys, 'eval', out, *beside)
+    assert f"cosine similarity to the dense outputs is {ev['cosine']:.4f}" in ' '.join(said.split())
+    assert 'encoder' in fips(capsys, 'eval', out, '--data', text)[2]
 
 
 @pytest.mark.parametrize('words, said', [
@@ -182,21 +252,27 @@ def test_encoder(lm, tmp_path, capsys):
     ('compress LM/llama --out OUT --calib LM/nowhere.txt', 'no file or folder'),
     ('compress LM/llama --out OUT --calib LM/text.txt --window 64', '64'),
     ('compress LM/llama --out OUT --calib LM/text.txt --target-ratio 0.05', 'best possible'),
-    ('compress LM/llama --out OUT --calib LM/text.txt --target-ratio 0.8 --budget 0.5', 'not allowed with'),
-    ('compress LM/llama --out OUT --calib LM/text.txt --weights w.safetensors', '--weights is for vision models'),
+    ('compress LM/llama --out OUT --calib LM/text.txt --target-ratio 0.8 --budget 0.5',
+     'not allowed with'),
+    ('compress LM/llama --out OUT --calib LM/text.txt --weights w.safetensors',
+     '--weights is for vision models'),
     ('compress LM/empty --out OUT --calib LM/text.txt', 'no config.json'),
     ('compress demo-vit --out OUT --window 8', '--window is for language models'),
-    ('compress LM/llama --out OUT --calib LM/text.txt --target-ratio 0.8 --sparsity 0.9', 'is what a plan chooses'),
+    ('compress LM/llama --out OUT --calib LM/text.txt --target-ratio 0.8 --sparsity 0.9',
+     'is what a plan chooses'),
     ('compress LM/llama --out OUT --calib LM/text.txt --plan nowhere.json', 'no plan nowhere.json'),
-    ('compress LM/llama --out OUT --calib LM/text.txt --plan nowhere.json --preset svd', '--plan is for the preset fips'),
-    ('plan LM/llama --calib LM/text.txt', 'one of the arguments --budget --target-ratio --target-bytes is required'),
+    ('compress LM/llama --out OUT --calib LM/text.txt --plan nowhere.json --preset svd',
+     '--plan is for the preset fips-als'),
+    ('plan LM/llama --calib LM/text.txt',
+     'one of the arguments --budget --target-ratio --target-bytes is required'),
     ('plan LM/llama --target-ratio 0.8', '--calib FILE'),
     ('eval LM/llama', '--data FILE'),
     ('eval LM/empty --data LM/text.txt', 'no config.json'),
     ('eval demo-vit --dense LM/llama', '--dense is for language models'),
 ])
 def test_bad_input_is_one_line(lm, tmp_path, capsys, words, said):
-    status, out, err = fips(capsys, *words.replace('LM', str(lm)).replace('OUT', str(tmp_path / 'x')).split())
+    words = words.replace('LM', str(lm)).replace('OUT', str(tmp_path / 'x')).split()
+    status, out, err = fips(capsys, *words)
     assert status == 2 and out == '' and said in err and err.count('\n') == 1, err
     assert not list(tmp_path.iterdir())
 
@@ -212,11 +288,15 @@ def test_broken_folders(lm, tmp_path, capsys):
     ts = load_file(tmp_path / 'lost' / 'model.safetensors')
     ts.pop('model.layers.1.mlp.up_proj.weight')
     save_file(ts, tmp_path / 'lost' / 'model.safetensors', {'format': 'pt'})
-    for name, said in (('cut', 'model.safetensors cannot be read'), ('bare', 'cannot open'), ('lost', 'model.layers.1.mlp.up_proj.weight'), ('mute', 'no tokenizer')):
+    broken = dict(cut='model.safetensors cannot be read', bare='cannot open',
+                  lost='model.layers.1.mlp.up_proj.weight', mute='no tokenizer')
+    for name, said in broken.items():
         status, out, err = fips(capsys, 'eval', tmp_path / name, '--data', lm / 'text.txt')
         assert status == 2 and said in err and err.count('\n') == 1, (name, err)
 
 
-def test_which_world(lm, tmp_path):
-    assert is_text_model('demo-llm') and is_text_model(str(lm / 'llama')) and is_text_model('meta-llama/Llama-3.2-1B')
-    assert not is_text_model('demo-vit') and not is_text_model('vit_tiny_patch16_224') and not is_text_model(str(tmp_path / 'nowhere'))
+def test_which_kind(lm, tmp_path):
+    for name in ('demo-llm', str(lm / 'llama'), 'meta-llama/Llama-3.2-1B'):
+        assert is_text_model(name)
+    for name in ('demo-vit', 'vit_tiny_patch16_224', str(tmp_path / 'nowhere')):
+        assert not is_text_model(name)

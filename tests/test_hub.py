@@ -1,18 +1,24 @@
-"""Saved models: bit-for-bit round trips over presets, shapes, dtypes and architectures, and what happens when files are broken."""
-import json, shutil
+"""Saved timm models: round trips over presets, shapes, dtypes, architectures; broken files."""
+import hashlib
+import json
+import pathlib
+import shutil
 
-import pytest, timm, torch
+import pytest
+import timm
+import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fips_nb import blockwise_opt, hub
-from fips_nb.blockwise_opt import compress, size_report
+from fips_nb import state, timm_folders
 from fips_nb.demo import demo_images, demo_vit
-from fips_nb.grouping import find_mlps, group_mlps, weights
-from fips_nb.hub import dense_bytes, file_parts, folder_bytes, load, read_config, save
+from fips_nb.folder_format import VERSION, dense_bytes, file_parts, folder_bytes, narrow
+from fips_nb.folder_format import outside, read_config, round_rest
+from fips_nb.grouping import find_mlps, group_modules, weights
+from fips_nb.hub import export, load, save
+from fips_nb.pipeline import compress, round_factors, size_report
 from fips_nb.sparse_factors import factor_layers, factorize, topk_mask
 from fips_nb.svd_init import svd_init
-
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -22,42 +28,58 @@ def batches(): return list(demo_images("train")[0][:200].split(50))
 
 
 @pytest.fixture(scope="module")
-def packed(batches): return compress(demo_vit(), batches, .4, levels=2, match_epochs=0)
+def packed(batches): return compress(demo_vit(), batches, .4, levels=2, distill_epochs=0)
 
 
 @pytest.fixture
 def folder(packed, tmp_path): return save(packed, tmp_path/"m")
 
 
-def factored(model, r=6, density=.3, size=4, quick=False):
-    "Factorise `model` in place without training: pruned SVD factors, or projections on a random basis if `quick`."
-    for g in group_mlps(find_mlps(model), size):
+def factored(model, r=6, density=.3, size=4, quick=False, rounded=True):
+    """Factorise `model` in place without training: pruned SVD factors, or projections on a random
+    basis if `quick`. Unless `rounded` is false, the rest is rounded to what a folder stores, so
+    that round trips are exact."""
+    for g in group_modules(find_mlps(model), size):
         Ws = weights(model, g)
-        U = torch.linalg.qr(torch.randn(g.d, r)).Q if quick else None
-        U, Vs = (U, [U.T@W for W in Ws]) if quick else svd_init(Ws, r)
+        if quick:
+            U = torch.linalg.qr(torch.randn(g.d, r)).Q
+            Vs = [U.T@W for W in Ws]
+        else:
+            U, Vs = svd_init(Ws, r)
         factorize(model, g, U, [V*topk_mask(V.abs(), density) for V in Vs])
-    return model.eval()
+    return (round_rest(model) if rounded else model).eval()
 
 
 def same(a, b, x=None):
-    "Assert that two models hold the same bits, share bases alike, and answer alike."
+    "Assert that two models hold the same bits, share bases alike, and give the same outputs."
     sa, sb = a.state_dict(), b.state_dict()
     assert sa.keys() == sb.keys()
-    for k in sa: assert sa[k].dtype == sb[k].dtype and sa[k].stride() == sb[k].stride() and torch.equal(sa[k], sb[k]), k
-    for (k, p), (_, q) in zip(a.named_buffers(), b.named_buffers(), strict=True): assert p.dtype == q.dtype and torch.equal(p, q), k
+    for k in sa:
+        assert sa[k].dtype == sb[k].dtype and sa[k].stride() == sb[k].stride(), k
+        assert torch.equal(sa[k], sb[k]), k
+    for (k, p), (_, q) in zip(a.named_buffers(), b.named_buffers(), strict=True):
+        assert p.dtype == q.dtype and torch.equal(p, q), k
     assert len(list(a.parameters())) == len(list(b.parameters())) # shared ones count once
-    share = lambda m: [[f.U is g.U for g in factor_layers(m).values()] for f in factor_layers(m).values()]
-    assert share(a) == share(b)
+    assert shared(a) == shared(b)
     if x is None: return
     with torch.no_grad(): assert torch.equal(a.eval()(x), b(x))
 
 
+def shared(model):
+    "Which factor layers of `model` share their basis."
+    layers = factor_layers(model).values()
+    return [[f.U is g.U for g in layers] for f in layers]
+
+
 # ---- round trips ----
 
-@pytest.mark.parametrize("preset,kw", [("fips", dict(levels=2)), ("sparse", dict(levels=2)), ("svd", {}), ("basis-sharing", {}), ("aafm", {}),
-                                       ("fips", dict(levels=2, pattern=(2, 4))), ("fips", dict(levels=2, scope="global"))])
+@pytest.mark.parametrize("preset,kw", [
+    ("fips-als", dict(levels=2)), ("pruning", dict(levels=2)), ("svd", {}), ("basis-sharing", {}),
+    ("aafm", {}), ("fips-als", dict(levels=2, pattern=(2, 4))),
+    ("fips-als", dict(levels=2, scope="global"))])
 def test_presets(preset, kw, batches, tmp_path):
-    res = compress(demo_vit(), batches, .4, preset=preset, match_epochs=0, **kw)
+    res = compress(demo_vit(), batches, .4, preset=preset, distill_epochs=0, **kw)
+    round_rest(res.model) # a preset may have added biases
     save(res, tmp_path/"m")
     back = load(tmp_path/"m")
     same(res.model, back, demo_images("test")[0][:50])
@@ -68,31 +90,27 @@ def test_presets(preset, kw, batches, tmp_path):
 
 
 def test_biases_that_came_and_went(tmp_path, monkeypatch):
-    "A factor layer may have lost its bias, or have one where the architecture has none (AAFM adds it)."
-    m, build = factored(demo_vit()), hub._build
+    "A factor layer may have lost its bias, or have one that the architecture has not (AAFM)."
+    m, build = factored(demo_vit()), timm_folders.build
     m.blocks[0].mlp.fc1.bias = None
 
     def unbiased(origin):
         fresh = build(origin)
         fresh.blocks[1].mlp.fc1.bias = None
         return fresh
-    monkeypatch.setattr(hub, "_build", unbiased)
+    monkeypatch.setattr(timm_folders, "build", unbiased)
     same(m, load(save(m, tmp_path/"m")), demo_images("test")[0][:5])
 
 
 @pytest.mark.parametrize("r", [1, 83])
-@pytest.mark.parametrize("kind", ["sparse", "empty rows", "zero", "dense", "mixed", "negative zeros"])
+@pytest.mark.parametrize("kind", ["sparse", "empty rows", "zero", "dense", "mixed",
+                                  "negative zeros"])
 def test_shapes(r, kind, tmp_path):
     torch.manual_seed(r)
     m = demo_vit()
-    for i, g in enumerate(group_mlps(find_mlps(m), 7)):
+    for g in group_modules(find_mlps(m), 7):
         Vs = [torch.randn(r, l.h).half().float() for l in g.linears]
-        for k, V in enumerate(Vs):
-            if kind == "sparse": V *= torch.rand_like(V) < .15
-            if kind == "empty rows": V[::2] = 0; V[:, 5:9] = 0
-            if kind == "zero": V.zero_()
-            if kind == "mixed": V *= torch.rand_like(V) < (0, 1, .02, .9)[k%4]
-            if kind == "negative zeros": V *= -(torch.rand_like(V) < .5).float()
+        for k, V in enumerate(Vs): thin_out(V, kind, k)
         factorize(m, g, torch.randn(g.d, r).half().float(), Vs)
     same(m, load(save(m, tmp_path/"m")), demo_images("test")[0][:9])
     codecs = {g["codec"] for g in read_config(tmp_path/"m")["groups"]}
@@ -100,14 +118,29 @@ def test_shapes(r, kind, tmp_path):
     if kind == "zero": assert file_parts(tmp_path/"m")["V"] == 0
 
 
-@pytest.mark.parametrize("name,kw", [("vit_tiny_patch16_224", dict(depth=2, num_classes=5)), ("vit_tiny_patch16_224", dict(depth=2, img_size=64, in_chans=1, global_pool="avg")),
-                                     ("swin_tiny_patch4_window7_224", dict(depths=(1, 2, 1, 1), num_classes=3)), ("eva02_tiny_patch14_224", dict(depth=2)),
-                                     ("mixer_s16_224", {}), ("deit_tiny_distilled_patch16_224", dict(depth=2))])
+def thin_out(V, kind, k):
+    "Set entries of the `k`-th projection to zero."
+    if kind == "sparse": V *= torch.rand_like(V) < .15
+    if kind == "empty rows":
+        V[::2] = 0
+        V[:, 5:9] = 0
+    if kind == "zero": V.zero_()
+    if kind == "mixed": V *= torch.rand_like(V) < (0, 1, .02, .9)[k%4]
+    if kind == "negative zeros": V *= -(torch.rand_like(V) < .5).float()
+
+
+@pytest.mark.parametrize("name,kw", [
+    ("vit_tiny_patch16_224", dict(depth=2, num_classes=5)),
+    ("vit_tiny_patch16_224", dict(depth=2, img_size=64, in_chans=1, global_pool="avg")),
+    ("swin_tiny_patch4_window7_224", dict(depths=(1, 2, 1, 1), num_classes=3)),
+    ("eva02_tiny_patch14_224", dict(depth=2)), ("mixer_s16_224", {}),
+    ("deit_tiny_distilled_patch16_224", dict(depth=2))])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_architectures(name, kw, dtype, tmp_path): check_architecture(name, kw, dtype, tmp_path)
 
 
-def test_bfloat16_model(tmp_path): check_architecture("eva02_tiny_patch14_224", dict(depth=1), torch.bfloat16, tmp_path)
+def test_bfloat16_model(tmp_path):
+    check_architecture("eva02_tiny_patch14_224", dict(depth=1), torch.bfloat16, tmp_path)
 
 
 def check_architecture(name, kw, dtype, tmp_path):
@@ -115,62 +148,159 @@ def check_architecture(name, kw, dtype, tmp_path):
     before = torch.random.get_rng_state()
     save(m, tmp_path/"m")
     back = load(tmp_path/"m")
-    assert torch.equal(before, torch.random.get_rng_state()) # building a model draws no numbers from the caller's generator
+    assert torch.equal(before, torch.random.get_rng_state()) # building draws no numbers of ours
     x = torch.randn(1, kw.get("in_chans", 3), *[kw.get("img_size", 224)]*2, dtype=dtype)
     same(m, back, x)
     assert type(back) is type(m) and back.num_classes == m.num_classes
     want, got = (timm.data.resolve_data_config(model=o) for o in (m, back))
     assert want == got
-    values = {g["values"] for g in read_config(tmp_path/"m")["groups"]}
+    config = read_config(tmp_path/"m")
+    values = {g["values"] for g in config["groups"]}
     assert values == {"float32" if dtype == torch.float32 else str(dtype)[6:]}
+    assert config["rest"] == ("16bit" if dtype == torch.float32 else "keep")
     save(back, tmp_path/"n")
-    assert read_config(tmp_path/"n") == read_config(tmp_path/"m")
+    assert read_config(tmp_path/"n") == config
 
 
 def test_whole_size_of_a_real_architecture(tmp_path):
-    m = factored(timm.create_model("vit_tiny_patch16_224"), r=190, density=.25, size=12, quick=True).half()
+    m = timm.create_model("vit_tiny_patch16_224")
+    m = factored(m, r=190, density=.25, size=12, quick=True).half()
     parts = file_parts(save(m, tmp_path/"m"))
     said = size_report(m)["mlp_bytes"] + parts["rest"]
-    assert said < folder_bytes(tmp_path/"m") < 1.02*said and folder_bytes(tmp_path/"m") < dense_bytes(m)
+    assert said < folder_bytes(tmp_path/"m") < 1.02*said
+    assert folder_bytes(tmp_path/"m") < dense_bytes(m)
+
+
+def values(folder): return {g["values"] for g in read_config(folder)["groups"]}
 
 
 def test_value_dtypes(tmp_path):
     m, x = factored(demo_vit()), demo_images("test")[0][:5]
-    values = lambda p: {g["values"] for g in read_config(p)["groups"]}
     assert values(save(m, tmp_path/"a")) == {"float32"} # not representable in 16 bits: kept
     same(m, load(tmp_path/"a"), x)
     assert values(save(m, tmp_path/"b", dtype=torch.float16)) == {"float16"}
-    blockwise_opt.round_factors(m, torch.float16)
+    round_factors(m, torch.float16)
     same(m, load(tmp_path/"b"), x)
-    assert values(save(m, tmp_path/"c")) == {"float16"} and values(save(m, tmp_path/"d", dtype=torch.float32)) == {"float32"}
+    assert values(save(m, tmp_path/"c")) == {"float16"}
+    assert values(save(m, tmp_path/"d", dtype=torch.float32)) == {"float32"}
     for k in "cd": same(m, load(tmp_path/k), x)
     assert folder_bytes(tmp_path/"c") < folder_bytes(tmp_path/"d")
-    blockwise_opt.round_factors(m, torch.bfloat16)
-    m.blocks[0].mlp.fc1.V.data[0, 0] = 2.**100
+    round_factors(m, torch.bfloat16)
+    V = m.blocks[0].mlp.fc1.V.data
+    V[0, 0] = 2.**100
     assert values(save(m, tmp_path/"e")) == {"bfloat16"}
     same(m, load(tmp_path/"e"))
-    with pytest.raises(ValueError, match="blocks.0.mlp.fc1.*not finite"): save(m, tmp_path/"f", dtype=torch.float16)
-    m.blocks[0].mlp.fc1.V.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="blocks.0.mlp.fc1.*not finite"):
+        save(m, tmp_path/"f", dtype=torch.float16)
+    V[0, 0] = float("nan")
     with pytest.raises(ValueError, match="not finite"): save(m, tmp_path/"f")
     assert not (tmp_path/"f").exists()
+
+
+# ---- what is outside the factors ----
+
+def varied():
+    "A factorised demo whose rest needs 32 bits."
+    m = demo_vit()
+    for p in m.parameters(): p.data.mul_(1 + 1e-3*torch.randn_like(p))
+    return factored(m, rounded=False)
+
+
+def test_the_rest_is_rounded_to_16_bits_once(tmp_path):
+    torch.manual_seed(0)
+    m, x = varied(), demo_images("test")[0][:5]
+    save(m, tmp_path/"a", report=dict(preset="svd"))
+    back = load(tmp_path/"a")
+    assert {p.dtype for p in back.parameters()} == {torch.float32}
+    stored = load_file(tmp_path/"a/model.safetensors")
+    for k, t in outside(m.state_dict(), factor_layers(m)).items():
+        assert stored[k].dtype == torch.float16
+        assert torch.equal(back.state_dict()[k], t.half().float()), k
+    config = read_config(tmp_path/"a")
+    assert config["rest"] == "16bit" and 0 < config["report"]["rest_error"] < 2**-11
+    assert config["report"]["preset"] == "svd"
+    save(back, tmp_path/"b")
+    again = load(tmp_path/"b")
+    same(back, again, x)
+    assert read_config(tmp_path/"b") == config
+    same(round_rest(m), back, x)
+
+
+def test_the_rest_is_kept_on_request(tmp_path):
+    m, x = varied(), demo_images("test")[0][:5]
+    same(m, load(save(m, tmp_path/"a", rest="keep")), x)
+    config = read_config(tmp_path/"a")
+    assert config["rest"] == "keep" and config["report"] is None
+    sizes = [file_parts(save(m, tmp_path/k, rest=k))["rest"] for k in ("keep", "16bit")]
+    assert sizes[0] == 2*sizes[1]
+    with pytest.raises(ValueError, match="rest '8bit' is not one of 16bit, keep"):
+        save(m, tmp_path/"c", rest="8bit")
+    assert not (tmp_path/"c").exists()
+
+
+def test_tensors_that_float16_does_not_hold(tmp_path):
+    m = factored(demo_vit())
+    m.norm.weight.data[0] = 1e5 # overflows in float16
+    m.blocks[0].norm1.bias.data = 1e-6*torch.rand(40) # has few bits left in float16
+    m.blocks[1].norm1.bias.data[0] = 3.4e38 # overflows in both
+    m.blocks[2].norm1.bias = nn.Parameter(m.blocks[2].norm1.bias.detach().half()) # is narrow here
+    m.register_buffer("fine", torch.rand(3).double())
+    tensors, about, _ = timm_folders._packed(m, demo_vit(), None, "16bit")
+    names = ("norm.weight", "blocks.0.norm1.bias", "blocks.1.norm1.bias", "blocks.2.norm1.bias")
+    assert [str(tensors[k].dtype)[6:] for k in (*names, "fine")] == [
+        "bfloat16", "bfloat16", "float32", "float16", "float64"]
+    assert about["own16"] == ["blocks.2.norm1.bias"]
+    del m.fine
+    back = load(save(m, tmp_path/"m"))
+    assert back.blocks[2].norm1.bias.dtype == torch.float16 and back.norm.weight[0] == 99840
+    for k in names[:3]: assert back.get_parameter(k).dtype == torch.float32
+    assert torch.equal(back.blocks[1].norm1.bias, m.blocks[1].norm1.bias)
+    same(back, load(save(back, tmp_path/"n")))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-8, 1e-6, 1e-3, 1., 1e4, 1e5, 1e30, 1e38])
+def test_rounding_twice_is_rounding_once(scale):
+    t = scale*torch.randn(1000)
+    once = narrow(t)
+    assert once.dtype != torch.float32 or scale == 1e38
+    assert torch.equal(narrow(once.float()).float(), once.float())
+    assert ((once.float() - t).abs() <= 2**-8*t.abs() + 2**-25*(once.dtype == torch.float16)).all()
+
+
+def test_version_1_keeps_every_dtype(folder, tmp_path):
+    "What the first version of the package wrote: no word on the rest, which has its own dtype."
+    back = load(folder)
+    save(back, tmp_path/"n", rest="keep")
+    f = tmp_path/"n/config.json"
+    config = json.loads(f.read_text())
+    for k in ("rest", "own16"): del config[k]
+    f.write_text(json.dumps(config | dict(version=1)))
+    same(back, load(tmp_path/"n"), demo_images("test")[0][:5])
+    assert read_config(tmp_path/"n")["rest"] == "keep"
 
 
 def test_tied_weights_are_stored_once(tmp_path):
     m = factored(demo_vit())
     m.blocks[1].attn.qkv.weight = m.blocks[0].attn.qkv.weight
-    m.blocks[3].norm1.weight = nn.Parameter(m.norm.weight.detach()) # another parameter over the same memory
+    m.blocks[3].norm1.weight = nn.Parameter(m.norm.weight.detach()) # the same memory
     save(m, tmp_path/"m")
     back = load(tmp_path/"m")
     assert back.blocks[1].attn.qkv.weight is back.blocks[0].attn.qkv.weight
-    assert read_config(tmp_path/"m")["tied"]["blocks.1.attn.qkv.weight"] == "blocks.0.attn.qkv.weight"
+    tied = read_config(tmp_path/"m")["tied"]
+    assert tied["blocks.1.attn.qkv.weight"] == "blocks.0.attn.qkv.weight"
     for k, t in m.state_dict().items(): assert torch.equal(t, back.state_dict()[k]), k
+    export(tmp_path/"m", tmp_path/"d") # plain weights have no word for it
+    plain = demo_vit(pretrained=False)
+    plain.load_state_dict(load_file(tmp_path/"d/model.safetensors"))
+    assert torch.equal(plain.blocks[1].attn.qkv.weight, m.blocks[0].attn.qkv.weight)
 
 
 def test_parameters_that_are_views(tmp_path):
     m = factored(demo_vit())
-    both = torch.randn(2, 40)
+    both = torch.randn(2, 40).half().float()
     m.norm.weight, m.norm.bias = nn.Parameter(both[0]), nn.Parameter(both[1]) # one memory for two
-    same(m, load(save(m, tmp_path/"m")), demo_images("test")[0][:5])
+    for rest in ("16bit", "keep"):
+        same(m, load(save(m, tmp_path/rest, rest=rest)), demo_images("test")[0][:5])
 
 
 def test_buffers_that_are_no_state(tmp_path):
@@ -178,25 +308,33 @@ def test_buffers_that_are_no_state(tmp_path):
     m = factored(timm.create_model("eva02_tiny_patch14_224", depth=1))
     save(m, tmp_path/"a")
     assert not [k for k in load_file(tmp_path/"a/model.safetensors") if "rope" in k]
-    name = next(k for k, b in m.named_buffers() if "rope" in k and k not in m.state_dict())
-    m.get_buffer(name).mul_(1.5)
+    names = [k for k, b in m.named_buffers() if "rope" in k and k not in m.state_dict()]
+    table = m.get_buffer(names[0])
+    table.copy_((1.5*table).half())
     same(m, load(save(m, tmp_path/"b")), torch.randn(1, 3, 224, 224))
+    table.mul_(1 + 1e-5)
+    same(m, load(save(m, tmp_path/"c", rest="keep")), torch.randn(1, 3, 224, 224))
 
 
 # ---- what is refused when saving ----
 
 def test_refused_models(tmp_path):
     with pytest.raises(ValueError, match="compress it first"): save(demo_vit(), tmp_path/"m")
-    plain = factored(timm.models.VisionTransformer(img_size=8, patch_size=4, embed_dim=64, depth=1, num_heads=2))
-    with pytest.raises(ValueError, match="arch="): save(plain, tmp_path/"m")
-    with pytest.raises(ValueError, match="model_args="): save(plain, tmp_path/"m", arch="vit_tiny_patch16_224")
     args = dict(img_size=8, patch_size=4, embed_dim=64, depth=1, num_heads=2)
-    same(plain, load(save(plain, tmp_path/"m", arch="vit_tiny_patch16_224", model_args=args)), torch.randn(2, 3, 8, 8))
-    other = factored(timm.create_model("vit_tiny_patch16_224", depth=1))
+    plain, arch = factored(timm.models.VisionTransformer(**args)), "vit_tiny_patch16_224"
+    with pytest.raises(ValueError, match="arch="): save(plain, tmp_path/"m")
+    with pytest.raises(ValueError, match="model_args="): save(plain, tmp_path/"m", arch=arch)
+    back = load(save(plain, tmp_path/"m", arch=arch, model_args=args))
+    same(plain, back, torch.randn(2, 3, 8, 8))
+    other = factored(timm.create_model(arch, depth=1))
     other.blocks[0].attn.num_heads = 6 # the same tensors, another function
     with pytest.raises(ValueError, match="num_heads is 6"): save(other, tmp_path/"n")
-    with pytest.raises(ValueError, match="nearest"): save(other, tmp_path/"n", arch="vit_tini_patch16_224")
-    with pytest.raises(ValueError, match="pretrained"): save(other, tmp_path/"n", model_args=dict(pretrained=True))
+    with pytest.raises(ValueError, match="nearest"):
+        save(other, tmp_path/"n", arch="vit_tini_patch16_224")
+    with pytest.raises(ValueError, match="pretrained"):
+        save(other, tmp_path/"n", model_args=dict(pretrained=True))
+    with pytest.raises(ValueError, match="no option 'archs'.*arch"):
+        save(other, tmp_path/"n", archs=arch)
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
@@ -208,12 +346,15 @@ def test_folders_that_are_not_ours_are_left_alone(packed, tmp_path):
     save(packed, m, overwrite=True) # ours
     (m/"thesis.tex").write_text("years of work")
     with pytest.raises(FileExistsError, match="thesis.tex"): save(packed, m, overwrite=True)
-    other = tmp_path/"other"
+    other, bert = tmp_path/"other", '{"model_type": "bert"}'
     other.mkdir()
-    (other/"config.json").write_text('{"model_type": "bert"}')
+    (other/"config.json").write_text(bert)
     with pytest.raises(FileExistsError, match="left alone"): save(packed, other, overwrite=True)
-    with pytest.raises(FileExistsError, match="is a file"): save(packed, m/"thesis.tex", overwrite=True)
-    assert (m/"thesis.tex").read_text() == "years of work" and (other/"config.json").read_text() == '{"model_type": "bert"}'
+    with pytest.raises(FileExistsError, match="is a file"):
+        save(packed, m/"thesis.tex", overwrite=True)
+    with pytest.raises(FileExistsError, match="exists"): export(m, other)
+    assert (m/"thesis.tex").read_text() == "years of work"
+    assert (other/"config.json").read_text() == bert
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "other"]
 
 
@@ -223,14 +364,16 @@ def test_nothing_half_written_stays(error, where, packed, folder, monkeypatch):
     old = {p.name: p.read_bytes() for p in folder.iterdir()}
 
     def fail(*args, **kw): raise error
-    rename = hub.Path.rename
-    if where == "tensors": monkeypatch.setattr(blockwise_opt, "save_file", fail)
-    if where == "config": monkeypatch.setattr(hub.Path, "write_text", fail)
-    if where == "rename": monkeypatch.setattr(hub.Path, "rename", lambda a, b: fail() if a.name.endswith(".new") else rename(a, b))
+    rename = pathlib.Path.rename
+    half = lambda a, b: fail() if a.name.endswith(".new") else rename(a, b)
+    if where == "tensors": monkeypatch.setattr(state, "save_file", fail)
+    if where == "config": monkeypatch.setattr(pathlib.Path, "write_text", fail)
+    if where == "rename": monkeypatch.setattr(pathlib.Path, "rename", half)
     for target, kw in ((folder, dict(overwrite=True)), (folder.parent/"fresh", {})):
         with pytest.raises(type(error)): save(packed, target, **kw)
     monkeypatch.undo()
-    assert [p.name for p in folder.parent.iterdir()] == ["m"] and {p.name: p.read_bytes() for p in folder.iterdir()} == old
+    assert [p.name for p in folder.parent.iterdir()] == ["m"]
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == old
     load(folder)
 
 
@@ -242,7 +385,8 @@ def rewrite(folder, change):
     ts, config = load_file(f), json.loads(c.read_text())
     change(ts, config)
     save_file(ts, f)
-    c.write_text(json.dumps(config | dict(bytes=f.stat().st_size, sha256=hub._sha256(f))))
+    sha = hashlib.sha256(f.read_bytes()).hexdigest()
+    c.write_text(json.dumps(config | dict(bytes=f.stat().st_size, sha256=sha)))
 
 
 def test_truncated_and_altered(folder):
@@ -259,9 +403,15 @@ def test_truncated_and_altered(folder):
 
 
 @pytest.mark.parametrize("change,match", [
-    (dict(version=99), "upgrade"), (dict(format="gguf"), "saved by fips_nb"), (dict(arch="hf-hub:someone/something"), "no architecture"), (dict(arch="vit_tini"), "nearest"),
-    (dict(model_args=dict(checkpoint_path="x.pth")), "checkpoint_path"), (dict(model_args=dict(colour=1)), "cannot be made"), (dict(model_args=dict(depth=3)), "does not fit"),
-    (dict(dtype="float17"), "does not fit"), (dict(groups=[]), "fc1.weight is missing"), (dict(groups=7), "does not fit"), (dict(tied={"norm.weight": "nowhere"}), "does not fit")])
+    (dict(version=VERSION + 1), "upgrade"), (dict(version="2"), "no format version"),
+    (dict(format="gguf"), "saved by fips_nb"), (dict(rest="8bit"), "8bit"),
+    (dict(arch="hf-hub:someone/something"), "no architecture"), (dict(arch="vit_tini"), "nearest"),
+    (dict(model_args=dict(checkpoint_path="x.pth")), "checkpoint_path"),
+    (dict(model_args=dict(colour=1)), "cannot be made"),
+    (dict(model_args=dict(depth=3)), "does not fit"), (dict(dtype="float17"), "does not fit"),
+    (dict(dtype="int8"), "does not fit"), (dict(groups=[]), "fc1.weight is missing"),
+    (dict(groups=7), "does not fit"), (dict(groups=[7]), "does not fit"),
+    (dict(tied={"norm.weight": "nowhere"}), "does not fit"), (dict(tied=[1]), "does not fit")])
 def test_other_configs(change, match, folder):
     f = folder/"config.json"
     f.write_text(json.dumps(json.loads(f.read_text()) | change))
@@ -269,22 +419,37 @@ def test_other_configs(change, match, folder):
 
 
 def test_no_config(folder, tmp_path):
-    (folder/"config.json").write_text('{"format": "fips')
-    with pytest.raises(ValueError, match="not valid JSON"): load(folder)
-    (folder/"config.json").write_text('[]')
-    with pytest.raises(ValueError, match="saved by fips_nb"): load(folder)
+    for text, match in (('{"format": "fips', "not valid JSON"), ("[]", "saved by fips_nb"),
+                        ("["*100000, "not valid JSON")):
+        (folder/"config.json").write_text(text)
+        with pytest.raises(ValueError, match=match): load(folder)
     (folder/"config.json").unlink()
     with pytest.raises(FileNotFoundError, match="config.json"): load(folder)
     with pytest.raises(FileNotFoundError, match="no folder .*nowhere"): load(tmp_path/"nowhere")
 
 
+def linear(**kw): return lambda t, c: c["groups"][0]["linears"][0].update(kw)
+
+
 @pytest.mark.parametrize("change,match", [
-    (lambda t, c: t.pop("norm.weight"), "norm.weight is missing"), (lambda t, c: t.pop("fips.0.U"), "U of blocks.0.mlp.fc1.* is missing"), (lambda t, c: t.pop("fips.1.mask"), "mask of .* is missing"),
-    (lambda t, c: t.update(extra=torch.ones(1)), "extra has no place"), (lambda t, c: t.update({"norm.weight": torch.ones(41)}), r"norm.weight is \(41,\) instead of \(40,\)"),
-    (lambda t, c: t.update({"fips.0.V": t["fips.0.V"][:-1]}), "values for"), (lambda t, c: t.update({"fips.0.mask": t["fips.0.mask"][:-9]}), "values for|decoded"),
-    (lambda t, c: t.update({"fips.0.U": t["fips.0.U"][:, 1:].contiguous()}), "share a rank"), (lambda t, c: t.update({"fips.0.U": t["fips.0.U"][1:].contiguous()}), "39 -> 160 instead of 40 -> 160"),
-    (lambda t, c: c["groups"][0]["linears"][0].update(shape=[3, 160]), "does not fit"), (lambda t, c: c["groups"][0].update(codec="runs"), "unknown codec"),
-    (lambda t, c: c["groups"][0]["linears"][0].update(role="sideways"), "sideways")])
+    (lambda t, c: t.pop("norm.weight"), "norm.weight is missing"),
+    (lambda t, c: t.pop("fips.0.U"), "U of blocks.0.mlp.fc1.* is missing"),
+    (lambda t, c: t.pop("fips.1.mask"), "mask of .* is missing"),
+    (lambda t, c: t.update(extra=torch.ones(1)), "extra has no place"),
+    (lambda t, c: t.update({"norm.weight": torch.ones(41)}),
+     r"norm.weight is \(41,\) instead of \(40,\)"),
+    (lambda t, c: t.update({"blocks.0.mlp.fc1.bias": torch.ones(1)}),
+     r"fc1.bias is \(1,\) instead of \(160,\)"),
+    (lambda t, c: t.update({"fips.0.V": t["fips.0.V"][:-1]}), "values for"),
+    (lambda t, c: t.update({"fips.0.mask": t["fips.0.mask"][:-9]}), "values for|decoded"),
+    (lambda t, c: t.update({"fips.0.U": t["fips.0.U"][:, 1:].contiguous()}),
+     r"U of .* is \(40, \d+\) instead of \(40, \d+\)"),
+    (lambda t, c: t.update({"fips.0.U": t["fips.0.U"][1:].contiguous()}),
+     r"U of .* is \(39, \d+\) instead of \(40, \d+\)"),
+    (lambda t, c: c["groups"][0].update(d=39), "has 39 rows instead of 40"),
+    (lambda t, c: c["groups"][0].update(codec="runs"), "unknown codec"),
+    (linear(shape=[3, 160]), "does not fit"), (linear(shape=[10**5, 10**5]), "does not fit"),
+    (linear(role="sideways"), "sideways"), (linear(name="blocks.0.norm1"), "no linear layer")])
 def test_tensors_that_do_not_fit(change, match, folder):
     rewrite(folder, change)
     with pytest.raises(ValueError, match=match): load(folder)

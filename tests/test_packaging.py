@@ -1,4 +1,4 @@
-"""The repository agrees with itself: generated files, versions, sidebar, committed outputs, direction of imports."""
+"""The repository agrees with itself: generated files, versions, sidebar, direction of imports, layout of the code."""
 import ast, json, os, re, shutil, subprocess, sys
 from configparser import ConfigParser
 from pathlib import Path
@@ -24,10 +24,10 @@ def default_exp(path):
     return found[0] if found else None
 
 
-def number(path):
-    "The number in a notebook's file name, or None (the index)."
-    m = re.match(r"(\d+)_", path.name)
-    return int(m[1]) if m else None
+def order(path):
+    "What a notebook's file name says of its place, as `03a`; None for a page."
+    m = re.match(r"(\d+[a-z]?)_", path.name)
+    return m[1] if m else None
 
 
 def outputs(path):
@@ -101,8 +101,14 @@ def test_nbdev_yml_is_from_settings(project):
 
 def test_import_is_light():
     loaded = python("import sys, fips_nb; print(*sys.modules)").split()
-    heavy = sorted({"torch", "timm", "numpy", "matplotlib"} & set(loaded))
-    assert not heavy, f"`import fips_nb` imports {heavy}: keep fips_nb/__init__.py to the version"
+    heavy = sorted({"torch", "timm", "numpy", "matplotlib", "transformers"} & set(loaded))
+    assert not heavy, f"`import fips_nb` imports {heavy}: fips_nb/__init__.py imports when it is asked"
+
+
+def test_first_import():
+    got = python("from fips_nb import compress, load, save, evaluate; print(compress.__module__, save.__module__)")
+    assert got.split() == ["fips_nb.pipeline", "fips_nb.hub"]
+    assert "no attribute 'kompress'" in python("import fips_nb\ntry: fips_nb.kompress\nexcept AttributeError as e: print(e)")
 
 
 def test_versions_agree():
@@ -110,15 +116,22 @@ def test_versions_agree():
     assert version == settings()["version"], "settings.ini and fips_nb/__init__.py differ: run `make export`"
     first = re.search(r"^## (\S+)", (ROOT/"CHANGELOG.md").read_text(), re.M)[1]
     assert first == version, f"CHANGELOG.md begins with {first}, the package is at {version}"
+    assert yaml.safe_load((ROOT/"CITATION.cff").read_text())["version"] == version
 
 
 @each_nb
 def test_default_exp_module_exists(path):
     name = default_exp(path)
-    if number(path) is None: assert name is None, f"{path.name} is a page, not a module"
-    elif name is not None:
+    if order(path) is None: assert name is None, f"{path.name} is a page, not a module"
+    else:
         assert name == path.stem.split("_", 1)[1], f"{path.name} exports to {name}.py: notebook and module share a name"
         assert (ROOT/f"fips_nb/{name}.py").exists(), f"fips_nb/{name}.py is missing: run `make export`"
+
+
+# ---- structure ----
+
+ORDERS = {default_exp(o): order(o) for o in NBS if default_exp(o)}
+FOR_EXAMPLES = {"demo", "results"}  # every notebook may use them, but never in an exported cell
 
 
 def imported_modules(tree):
@@ -138,25 +151,84 @@ def parse(source):
     except SyntaxError: return ast.parse("")
 
 
+def is_export(cell): return bool(re.search(r"^#\|\s*export", cell["source"], re.M))
+
+
 @each_nb
 def test_imports_point_backwards(path):
-    numbers = {default_exp(o): number(o) for o in NBS}
-    if number(path) is None: return
+    if order(path) is None: return
     for cell in cells(path, "code"):
         for name in imported_modules(parse(cell["source"])):
-            n = numbers.get(name)
-            if n is None: continue
-            exported = re.search(r"^#\|\s*export", cell["source"], re.M)
-            if not exported and (name == "demo" or "experiments" in path.name): continue  # every notebook may take the demo model for its example, and experiments use the whole package
-            assert n < number(path) or (n == number(path) and not exported), \
-                f"{path.name} imports fips_nb.{name}, which comes from notebook {n:02}: imports point backwards only"
+            if name not in ORDERS or (not is_export(cell) and name in FOR_EXAMPLES): continue
+            ok = ORDERS[name] < order(path) or (name == default_exp(path) and not is_export(cell))
+            assert ok, f"{path.name} imports fips_nb.{name} from {ORDERS[name]}: imports point backwards only"
 
 
-def test_generated_imports_point_backwards():
-    numbers = {default_exp(o): number(o) for o in NBS if default_exp(o)}
-    for name, n in numbers.items():
-        for dep in imported_modules(ast.parse((ROOT/f"fips_nb/{name}.py").read_text(encoding="utf-8"))):
-            if dep in numbers: assert numbers[dep] < n, f"{name}.py ({n:02}) imports {dep} ({numbers[dep]:02})"
+@pytest.mark.parametrize("name", sorted(ORDERS))
+def test_modules_import_backwards_and_no_private_names(name):
+    tree = ast.parse((ROOT/f"fips_nb/{name}.py").read_text(encoding="utf-8"))
+    for dep in imported_modules(tree):
+        if dep in ORDERS: assert ORDERS[dep] < ORDERS[name], f"{name} ({ORDERS[name]}) imports {dep} ({ORDERS[dep]})"
+    ours = set(ORDERS)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("fips_nb")):
+            private = [o.name for o in node.names if o.name.startswith("_") and not o.name.startswith("__")]
+            assert not private, f"{name} imports {private} from {node.module}: make it public, or keep it there"
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ours:
+            assert not node.attr.startswith("_"), f"{name} uses {node.value.id}.{node.attr}"
+
+
+@pytest.mark.parametrize("name", sorted(ORDERS))
+def test_no_hidden_machinery(name):
+    text = (ROOT/f"fips_nb/{name}.py").read_text(encoding="utf-8")
+    assert "meta_path" not in text and "importlib.import_module('fips_nb" not in text
+    assert not re.search(r"in str\((e|err|error|exc)\)", text), f"{name} decides by the text of an exception"
+
+
+@each_nb
+def test_layout_of_code(path):
+    "At most 100 columns, one statement a line, no exported cell above 45 lines."
+    for cell in cells(path, "code"):
+        wide = [o for o in cell["source"].splitlines() if len(o) > 100 and not o.startswith("#|")]
+        assert not wide, f"{path.name} has a line of {len(wide[0])} columns: {wide[0]}"
+        lines = [o for o in cell["source"].splitlines() if not o.startswith("#|")]
+        if is_export(cell): assert len(lines) <= 45, f"{path.name} exports a cell of {len(lines)} lines: {lines[0]}"
+        if "nbdev_export()" in cell["source"]: continue
+        for node in ast.walk(parse(cell["source"])):
+            for body in (getattr(node, k, None) for k in ("body", "orelse", "finalbody")):
+                starts = [o.lineno for o in body] if isinstance(body, list) else []
+                double = next((i for i in starts if starts.count(i) > 1), None)
+                assert double is None, f"{path.name}, two statements on a line: {cell['source'].splitlines()[double-1]}"
+
+
+def public_callables(name):
+    "Public functions and classes of a module, by name."
+    import importlib
+    module = importlib.import_module(f"fips_nb.{name}")
+    for k in module.__all__:
+        o = getattr(module, k)
+        if callable(o) and getattr(o, "__module__", "") == module.__name__: yield k, o
+
+
+@pytest.mark.parametrize("name", sorted(ORDERS))
+def test_parameters_are_few_and_explained(name):
+    import inspect
+    from dataclasses import is_dataclass
+    from fastcore.docments import docments
+    for k, o in public_callables(name):
+        assert inspect.getdoc(o), f"{name}.{k} has no docstring"
+        f = o if not inspect.isclass(o) or is_dataclass(o) else o.__init__
+        if f is object.__init__ or (inspect.isclass(o) and issubclass(o, BaseException)): continue
+        try: params = [p for p in inspect.signature(o).parameters.values() if p.name not in ("self", "cls")]
+        except ValueError: continue
+        if "__init__" not in vars(o) and inspect.isclass(o) and not is_dataclass(o): continue
+        plain = [p for p in params if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+        if not is_dataclass(o): assert len(plain) <= 7, f"{name}.{k} takes {len(plain)} parameters; give it a dataclass of options"
+        docs = docments(f, returns=False)
+        bare = [p.name for p in plain if not docs.get(p.name)]
+        assert not bare, f"{name}.{k} does not explain {bare}"
+        ticks = [p.name for p in plain if "`" in docs[p.name]]
+        assert not ticks, f"{name}.{k}: backticks in the comments of {ticks} show as raw Markdown on the site"
 
 
 # ---- site ----
@@ -209,6 +281,42 @@ def test_no_paths_of_a_machine(path):
     for where, text in [("a cell", o["source"]) for o in cells(path)] + [("an output", t) for _, t in outputs(path)]:
         m = machine_path.search(text)
         assert not m, f"{where} of {path.name} names a path of one machine: {m[0]}"
+
+
+@each_nb
+def test_figures_have_captions_and_words(path):
+    for o in cells(path, "code"):
+        pictures = [out for out in o["outputs"] if "image/png" in out.get("data", {})]
+        lacking = [k for k in ("fig-cap", "fig-alt") if f"#| {k}:" not in o["source"]]
+        assert not pictures or not lacking, f"a figure of {path.name} has no {lacking}: {o['source'][:200]}"
+
+
+long_number = re.compile(r"(?<![\w.])\d*\.\d{7,}(?!\w)")
+
+
+@each_nb
+def test_numbers_have_sensible_digits(path):
+    for out, text in outputs(path):
+        plain = out.get("data", {}).get("text/plain", text)
+        m = long_number.search(plain if isinstance(plain, str) else "".join(plain))
+        assert not m, f"an output of {path.name} shows {m[0]}: round it, or show a table"
+
+
+# ---- measurements ----
+
+RESULTS = sorted((ROOT/"results").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda o: o.stem)
+def test_published_figures_come_from_todays_code(path):
+    from fips_nb.results import recall, stale
+    rows = recall(path.stem, ROOT/"results")
+    assert rows, f"{path.name} holds no rows"
+    for row in rows:
+        lacking = {"commit", "code", "seed", "device", "threads", "versions", "seconds", "load"} - set(row["made"])
+        assert not lacking, f"a row of {path.name} does not say its {sorted(lacking)}"
+        changed = stale(row)
+        assert not changed, f"{path.name}, row {row['key']}: {changed} changed since; run its slow cell again"
 
 
 @each_nb

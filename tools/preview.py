@@ -2,7 +2,7 @@
 
 Callouts, cross references and the site's theme need Quarto (`make docs`).
 """
-import html, re, shutil
+import html, re, shutil, sys
 from pathlib import Path
 
 import nbformat, yaml
@@ -11,6 +11,7 @@ from nbdev.serve import proc_nbs
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT/"_preview"
+sys.path.insert(0, str(ROOT))  # where settings.ini finds our processor
 
 
 def sidebar():

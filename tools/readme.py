@@ -31,15 +31,15 @@ def fenced(src):
     return "```python\n" + "\n".join(lines) + "\n```"
 
 
-def output(out, images):
-    "One output as markdown; a figure is added to `images` and linked."
+def output(out, images, alt=""):
+    "One output as markdown; a figure is added to `images` and linked, with `alt` as its words."
     if out["output_type"] == "stream": return "" if out["name"] == "stderr" else verbatim(out["text"])
     if out["output_type"] == "error": raise ValueError(f"index.ipynb holds an error: {out['ename']}")
     data = {k: v if isinstance(v, str) else "".join(v) for k, v in out["data"].items()}
     if "image/png" in data:
         name = f"README_files/figure_{len(images) + 1}.png"
         images[name] = base64.b64decode(data["image/png"])
-        return f"![]({name})"
+        return f"![{alt}]({name})"
     if "text/markdown" in data: return relink(data["text/markdown"])
     if "text/html" in data: return re.sub(r"<style.*?</style>\s*", "", data["text/html"], flags=re.S)
     return verbatim(data.get("text/plain", ""))
@@ -54,11 +54,13 @@ def verbatim(text):
 def code(cell, images):
     "The parts of a code cell that its directives let through."
     lines = "".join(cell["source"]).splitlines()
-    direcs = {m[1].replace(" ", "") for m in map(_direc.match, lines) if m}
+    said = [m[1] for m in map(_direc.match, lines) if m]
+    direcs = {o.replace(" ", "") for o in said}
+    alt = next((o.partition(":")[2].strip().strip('"') for o in said if o.startswith("fig-alt:")), "")
     if not lines or {"hide", "include:false"} & direcs or any(o.startswith("default_exp") for o in direcs): return []
     src = "\n".join(o for o in lines if not _direc.match(o))
     parts = [fenced(src)] if src.strip() and not {"echo:false", "hide_input"} & direcs else []
-    return parts + ([] if "output:false" in direcs else [output(o, images) for o in cell["outputs"]])
+    return parts + ([] if "output:false" in direcs else [output(o, images, alt) for o in cell["outputs"]])
 
 
 def render(nb):

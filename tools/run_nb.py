@@ -3,7 +3,7 @@
 Cells whose flag is in `tst_flags` of settings.ini run only if it is named in `--flags`; else they keep the outputs
 they have, as do cells with `#| eval: false`. Plain `jupyter nbconvert --execute` would run them all.
 """
-import argparse, re, sys
+import argparse, os, re, sys
 from configparser import RawConfigParser
 from pathlib import Path
 
@@ -12,6 +12,8 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 ROOT = Path(__file__).resolve().parents[1]
+os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # outputs hold no warnings
+os.environ.setdefault("IN_TEST", "1")  # the last cell of a notebook does not export: `make export` does
 
 
 def skipped(source, flags):

@@ -98,7 +98,7 @@ template<class V> struct Csr {
 
 // A in tiles of 32 outputs x 64 inputs. A tile takes as many steps as its fullest output has entries; a step holds a value and a column byte
 // for each output, 255 beyond its last. The bytes stand in the order in which the two halves of looked-up words are joined again.
-constexpr int PLACE[32] = {0,1,2,3,8,9,10,11,16,17,18,19,24,25,26,27, 4,5,6,7,12,13,14,15,20,21,22,23,28,29,30,31};
+constexpr int ORDER[32] = {0,1,2,3,8,9,10,11,16,17,18,19,24,25,26,27, 4,5,6,7,12,13,14,15,20,21,22,23,28,29,30,31};
 template<class V> struct Tiles {
   const V* v; const uint8_t* c; const int32_t* p; int64_t tiles, out, in; // p (groups x tiles + 1): first step of each tile
   static constexpr int ROWS = 32, TILE = 64;
@@ -108,30 +108,44 @@ template<class V> struct Tiles {
     for (int l = 0; l < 32; l++, yt += VL*W) {
       vec a[W]; if (t) load<W>(a, yt); else for (int j = 0; j < W; j++) a[j] = vec{};
       unsigned z;
-      for (int64_t s = k; s < end && (z = c[32*s + PLACE[l]]) < 64; s++) axpy<W>(a, get(v + 32*s + l), xt + z*VL*W);
+      for (int64_t s = k; s < end && (z = c[32*s + ORDER[l]]) < 64; s++) axpy<W>(a, get(v + 32*s + l), xt + z*VL*W);
       store<W>(a, yt); } }
 #if defined(__AVX512BW__)
   static __m512 val(const float* q) { return _mm512_loadu_ps(q); }
   static __m512 val(const f16* q) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)q)); }
   static __m512 val(const bf16* q) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)q)), 16)); }
-  ONCE void one(int64_t g, const float*, const uint16_t* x, float* y) const { // x: per tile 64 low, then 64 high half-words; they fit four registers
-    __m512 a[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+  ONCE void one(int64_t g, const float*, const uint16_t* x, float* y) const {
+    // one row of inputs; x holds, for each tile, 64 lower and then 64 upper half-words: four registers
+    __m512 a[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(),
+                   _mm512_setzero_ps(), _mm512_setzero_ps()};
     for (int64_t t = 0; t < tiles; t++, x += 128) {
-      const __m512i l0 = _mm512_loadu_si512(x), l1 = _mm512_loadu_si512(x + 32), h0 = _mm512_loadu_si512(x + 64), h1 = _mm512_loadu_si512(x + 96);
-      auto step = [&](int64_t s, __m512& a, __m512& b) {
-        const __m512i i = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(c + 32*s)));
-        const __m512i lo = _mm512_permutex2var_epi16(l0, i, l1), hi = _mm512_permutex2var_epi16(h0, i, h1);
+      const __m512i l0 = _mm512_loadu_si512(x), l1 = _mm512_loadu_si512(x + 32),
+                    h0 = _mm512_loadu_si512(x + 64), h1 = _mm512_loadu_si512(x + 96);
+      auto step = [&](int64_t s, __m512& a, __m512& b) { // 32 products
+        const __m512i i =
+          _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(c + 32*s)));
+        const __m512i lo = _mm512_permutex2var_epi16(l0, i, l1),
+                      hi = _mm512_permutex2var_epi16(h0, i, h1);
         a = _mm512_fmadd_ps(val(v + 32*s), _mm512_castsi512_ps(_mm512_unpacklo_epi16(lo, hi)), a);
-        b = _mm512_fmadd_ps(val(v + 32*s + 16), _mm512_castsi512_ps(_mm512_unpackhi_epi16(lo, hi)), b); };
-      int64_t s = p[g*tiles + t]; const int64_t end = p[g*tiles + t + 1];
-      for (; s + 2 <= end; s += 2) { step(s, a[0], a[1]); step(s + 1, a[2], a[3]); }
-      if (s < end) step(s, a[0], a[1]); }
-    _mm512_storeu_ps(y, _mm512_add_ps(a[0], a[2])); _mm512_storeu_ps(y + 16, _mm512_add_ps(a[1], a[3])); }
+        b = _mm512_fmadd_ps(val(v + 32*s + 16),
+                            _mm512_castsi512_ps(_mm512_unpackhi_epi16(lo, hi)), b);
+      };
+      int64_t s = p[g*tiles + t];
+      const int64_t end = p[g*tiles + t + 1];
+      for (; s + 2 <= end; s += 2) {
+        step(s, a[0], a[1]);
+        step(s + 1, a[2], a[3]);
+      }
+      if (s < end) step(s, a[0], a[1]);
+    }
+    _mm512_storeu_ps(y, _mm512_add_ps(a[0], a[2]));
+    _mm512_storeu_ps(y + 16, _mm512_add_ps(a[1], a[3]));
+  }
 #else
   ONCE void one(int64_t g, const float* x, const uint16_t*, float* y) const {
     float a[32] = {};
     for (int64_t t = 0; t < tiles; t++) for (int64_t s = p[g*tiles + t]; s < p[g*tiles + t + 1]; s++)
-      for (int l = 0; l < 32; l++) a[l] += get(v + 32*s + l)*x[64*t + (c[32*s + PLACE[l]] & 63)];
+      for (int l = 0; l < 32; l++) a[l] += get(v + 32*s + l)*x[64*t + (c[32*s + ORDER[l]] & 63)];
     memcpy(y, a, sizeof a); }
 #endif
 };

@@ -1,0 +1,146 @@
+"""Architectures that work, each made small from its configuration, and those that are refused.
+
+`test_architectures.py` proves the list, and the page nbs/architectures.ipynb shows it.
+"""
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class Case:
+    "A small instance of one architecture."
+    name: str # of timm, or the class of transformers
+    args: dict = field(default_factory=dict) # of timm.create_model, or of the configuration
+    config: str = "" # class of the configuration; "" for timm
+    side: int = 8 # of an image
+    said: str = "" # part of the sentence that refuses the MLPs; "" where they work
+    attention: bool = True # whether targets='attn' works
+    whole: bool = True # whether the test factorises all modules, or the first two of a large model
+
+    @property
+    def library(self): return "transformers" if self.config else "timm"
+
+    def make(self):
+        "The model, whose biases and scales are not trivial."
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = (_of_transformers if self.config else _of_timm)(self).eval()
+            for p in model.parameters():
+                if p.ndim == 1: p.data.add_(.1*torch.randn_like(p))
+        return model
+
+    def batches(self, n=2, size=2, seed=1):
+        "`n` batches of `size` random images or windows of tokens."
+        g = torch.Generator().manual_seed(seed)
+        if self.config: return list(torch.randint(3, VOCABULARY, (n, size, 24), generator=g))
+        return list(torch.randn(n, size, 3, self.side, self.side, generator=g))
+
+
+def _of_timm(case):
+    import timm
+    return timm.create_model(case.name, num_classes=5, **case.args)
+
+
+def _of_transformers(case):
+    import transformers
+    return getattr(transformers, case.name)(getattr(transformers, case.config)(**case.args))
+
+
+VOCABULARY = 96
+VIT = dict(img_size=8, patch_size=4, embed_dim=16, depth=2, num_heads=2)
+SWIN = dict(img_size=16, patch_size=2, window_size=4, embed_dim=8, depths=(2, 2), num_heads=(2, 2))
+FOUR = dict(depths=(1, 1, 1, 1))
+TIMM = [
+    Case("vit_tiny_patch16_224", VIT),
+    Case("vit_small_patch14_reg4_dinov2", VIT), # register tokens and layer scale
+    Case("vit_base_patch16_clip_224", VIT), # a norm before the blocks
+    Case("vit_base_patch16_siglip_224", VIT), # pools by an attention with an MLP of its own
+    Case("deit3_small_patch16_224", VIT),
+    Case("beit_base_patch16_224", VIT, attention=False), # it reads the weight past the linear
+    Case("eva02_tiny_patch14_224", VIT, attention=False), # gate and value apart
+    Case("vit_small_patch16_dinov3", VIT),
+    Case("cait_xxs24_224", VIT), # the attention of the class token alone
+    Case("swin_tiny_patch4_window7_224", SWIN, side=16), # stages of different widths
+    Case("swinv2_tiny_window8_256", SWIN, side=16, attention=False),
+    Case("mixer_s32_224", dict(img_size=64), side=64, attention=False, whole=False),
+    Case("convnext_tiny", FOUR | dict(dims=(8, 8, 16, 16)), side=32, attention=False),
+    Case("xcit_nano_12_p16_224", dict(img_size=32, embed_dim=16, depth=2, num_heads=2), side=32),
+    Case("pvt_v2_b0", FOUR | dict(embed_dims=(8, 8, 16, 16), num_heads=(1, 1, 2, 2)), side=32,
+         attention=False),
+    Case("caformer_s18", side=64, whole=False), # attention in two of four stages
+]
+NO_MLP = "no MLP blocks"
+REFUSED_TIMM = [
+    Case("convnext_atto", side=32, said=NO_MLP, attention=False), # 1x1 convolutions as MLPs
+    Case("poolformer_s12", side=32, said=NO_MLP, attention=False),
+    Case("resnet18", side=32, said=NO_MLP, attention=False),
+    Case("mobilenetv3_small_050", side=32, said=NO_MLP, attention=False),
+]
+
+LM = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=80, num_hidden_layers=2,
+          num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+          pad_token_id=0, bos_token_id=1, eos_token_id=2)
+ENCODER = {k: v for k, v in LM.items() if k != "num_key_value_heads"}
+HEAD = LM | dict(head_dim=16)
+GPT2 = dict(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64,
+            bos_token_id=1, eos_token_id=2)
+OPT = LM | dict(ffn_dim=80, word_embed_proj_dim=32)
+NEO = dict(vocab_size=VOCABULARY, hidden_size=32, num_layers=2, num_heads=4, window_size=8,
+           attention_types=[[["global", "local"], 1]], intermediate_size=80,
+           max_position_embeddings=64, bos_token_id=1, eos_token_id=2)
+DISTIL = dict(vocab_size=VOCABULARY, dim=32, hidden_dim=80, n_layers=2, n_heads=4,
+              max_position_embeddings=64)
+
+
+def causal(name, args=LM, config="", **kw):
+    "A causal language model of transformers."
+    return Case(f"{name}ForCausalLM", args, config or f"{name}Config", **kw)
+
+
+def encoder(name, args=ENCODER, **kw):
+    "An encoder of text of transformers."
+    return Case(f"{name}Model", args, f"{name}Config", **kw)
+
+
+TRANSFORMERS = [
+    causal("Llama"), causal("Mistral"), causal("Qwen2"), causal("Qwen3", HEAD),
+    causal("Gemma", HEAD), causal("Gemma2", HEAD), causal("Gemma3", HEAD, "Gemma3TextConfig"),
+    causal("Phi"), causal("Phi3"), # Phi-3 holds gate and value in one linear
+    Case("GPT2LMHeadModel", GPT2, "GPT2Config"), # Conv1D instead of linears
+    causal("GPTJ", GPT2 | dict(rotary_dim=4)), causal("GPTNeo", NEO), causal("GPTNeoX"),
+    causal("OPT", OPT), causal("Olmo2"), causal("SmolLM3", LM | dict(no_rope_layers=[1, 1])),
+    causal("Granite"), causal("Starcoder2"), causal("StableLm"), causal("Cohere"),
+    causal("Glm4", HEAD),
+    encoder("Bert"), encoder("Roberta", ENCODER | dict(max_position_embeddings=80)),
+    encoder("DistilBert", DISTIL), encoder("Electra", ENCODER | dict(embedding_size=32)),
+    encoder("ModernBert"), encoder("MPNet"),
+]
+EXPERTS = "mixture of experts"
+MOE = HEAD | dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+REFUSED_TRANSFORMERS = [
+    causal("Mixtral", LM | dict(num_local_experts=4), said=EXPERTS),
+    causal("Qwen3Moe", MOE, said=EXPERTS),
+    causal("Olmoe", LM | dict(num_experts=4, num_experts_per_tok=2), said=EXPERTS),
+    causal("Mamba", dict(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=8),
+           said=NO_MLP, attention=False),
+]
+
+WORK = TIMM + TRANSFORMERS
+REFUSED = REFUSED_TIMM + REFUSED_TRANSFORMERS
+
+
+def found(case):
+    "Numbers of MLPs and attentions of `case` that can be compressed; None where they cannot."
+    from fips_nb.grouping import find_modules
+    model, out = case.make(), {}
+    for targets, works in (("mlp", not case.said), ("attn", case.attention)):
+        out[targets] = len(find_modules(model, targets)) if works else None
+    return out
+
+
+def refusal(case):
+    "The sentence that refuses the MLPs of `case`."
+    from fips_nb.grouping import find_modules
+    try: find_modules(case.make())
+    except ValueError as e: return str(e)
