@@ -185,7 +185,7 @@ def _parse(path):
 @dataclass
 class Plan:
     "Who shares a basis with whom, of what rank and density, and what the trials said of it."
-    groups:list # of GroupPlan, as `compress(plan=...)` takes them
+    groups:list # of GroupPlan, as compress takes them in its argument plan
     about:dict # model (its digest), targets, levels, count, budget, size, dense_size, trials, ...
 
     def save(self, path):

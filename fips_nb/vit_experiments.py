@@ -41,9 +41,10 @@ class Calibration:
         transform:Callable, # from transform_for
         n:int=1000, # images to draw
         draw:int=0, # seed of the draw
+        batch_size:int=32, # images of a batch
     ):
-        "Draw `n` of `items`, in batches of 32."
-        batches = ImageBatches(items, transform, batch_size=32, n=n, seed=draw)
+        "Draw `n` of `items`."
+        batches = ImageBatches(items, transform, batch_size, n, draw)
         return cls(model, batches, len(batches.items), draw)
 
     @cached_property

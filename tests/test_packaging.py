@@ -210,21 +210,30 @@ def public_callables(name):
         if callable(o) and getattr(o, "__module__", "") == module.__name__: yield k, o
 
 
+def explained(o):
+    "Comments of the parameters of `o`; a dataclass inherits those of its parents."
+    import inspect
+    from fastcore.docments import docments
+    if not inspect.isclass(o): return docments(o, returns=False)
+    if "__dataclass_params__" not in vars(o): return docments(o.__init__, returns=False)
+    parents = [c for c in reversed(o.__mro__) if "__dataclass_params__" in vars(c)]
+    return {k: v for c in parents for k, v in docments(c, returns=False).items() if v}
+
+
 @pytest.mark.parametrize("name", sorted(ORDERS))
 def test_parameters_are_few_and_explained(name):
     import inspect
     from dataclasses import is_dataclass
-    from fastcore.docments import docments
     for k, o in public_callables(name):
         assert inspect.getdoc(o), f"{name}.{k} has no docstring"
-        f = o if not inspect.isclass(o) or is_dataclass(o) else o.__init__
-        if f is object.__init__ or (inspect.isclass(o) and issubclass(o, BaseException)): continue
+        if inspect.isclass(o) and (o.__init__ is object.__init__ or issubclass(o, BaseException)): continue
         try: params = [p for p in inspect.signature(o).parameters.values() if p.name not in ("self", "cls")]
         except ValueError: continue
         if "__init__" not in vars(o) and inspect.isclass(o) and not is_dataclass(o): continue
         plain = [p for p in params if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-        if not is_dataclass(o): assert len(plain) <= 7, f"{name}.{k} takes {len(plain)} parameters; give it a dataclass of options"
-        docs = docments(f, returns=False)
+        few = is_dataclass(o) or len(plain) <= 7
+        assert few, f"{name}.{k} takes {len(plain)} parameters; give it a dataclass of options"
+        docs = explained(o)
         bare = [p.name for p in plain if not docs.get(p.name)]
         assert not bare, f"{name}.{k} does not explain {bare}"
         ticks = [p.name for p in plain if "`" in docs[p.name]]

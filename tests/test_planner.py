@@ -128,8 +128,10 @@ def test_what_compress_refuses_of_a_plan(model, batches):
     with pytest.raises(ValueError, match='rank 2.5'):
         compress(model, batches, plan=[replace(x, rank=2.5)])
     n = len(x.densities)
-    for bad in (x.densities[:-1], (0.,) * n, (1.1,) * n):
-        with pytest.raises(ValueError, match='not one for each linear'):
+    for bad, said in ((x.densities[:-1], 'not one for each linear'),
+                      ((0.,) * n, r'density 0\.0 .* above 0'),
+                      ((1.1,) * n, r'density 1\.1 .* at most 1')):
+        with pytest.raises(ValueError, match=said):
             compress(model, batches, plan=[replace(x, densities=bad)])
     other = copy.deepcopy(model)
     other.blocks[1].mlp.fc1 = torch.nn.Linear(40, 44)
