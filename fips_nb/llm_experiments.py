@@ -74,9 +74,7 @@ class Subject:
         linears = [l for m in find_mlps(self.model) for l in m.linears]
         return collect_moments(self.model, self.batches, linears), time.perf_counter() - start
 
-    def variant(self,
-        **changes, # fields
-    ):
+    def variant(self, **changes): # fields of Subject
         "Change how this subject is calibrated; the held-out text stays."
         new = replace(self, **changes)
         vars(new).update(tokens=self.tokens, dense=self.dense)

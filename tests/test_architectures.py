@@ -50,4 +50,4 @@ def test_attention_that_does_not_work_is_refused(case):
 @pytest.mark.parametrize("case", REFUSED, ids=lambda c: c.name)
 def test_what_is_refused_is_refused_by_name(case):
     assert case.said in refusal(case)
-    assert case.library == "timm" or find_modules(case.make(), "attn") or not case.attention
+    assert case.library == "timm" or not case.attention or find_modules(case.make(), "attn")
