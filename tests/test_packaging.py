@@ -300,15 +300,21 @@ def test_figures_have_captions_and_words(path):
         assert not pictures or not lacking, f"a figure of {path.name} has no {lacking}: {o['source'][:200]}"
 
 
-long_number = re.compile(r"(?<![\w.])\d*\.\d{7,}(?!\w)")
+decimal = re.compile(r"(?<![\w.])\d*\.\d+(?![\w.])")
+
+
+def digits_of(number):
+    "How many significant digits a decimal number shows."
+    return len(number.replace(".", "").lstrip("0"))
 
 
 @each_nb
 def test_numbers_have_sensible_digits(path):
     for out, text in outputs(path):
         plain = out.get("data", {}).get("text/plain", text)
-        m = long_number.search(plain if isinstance(plain, str) else "".join(plain))
-        assert not m, f"an output of {path.name} shows {m[0]}: round it, or show a table"
+        plain = plain if isinstance(plain, str) else "".join(plain)
+        long = [o for o in decimal.findall(plain) if digits_of(o) > 6]
+        assert not long, f"an output of {path.name} shows {long[0]}: round it, or show a table"
 
 
 # ---- measurements ----
