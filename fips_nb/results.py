@@ -48,7 +48,7 @@ SOLVER = (*_below('svd_init', 'truncate regularize sample_atoms svd_init'),
                   '_start _prune _move_basis _refit_all fit_group'))
 DISTILLATION = _below('distillation', 'predict output_loss Rate start_lr _rate _order _Teacher '
                       '_Judge _split _epoch distill_outputs')
-PLANNER = _below('planner', 'allocate divergences make_plan')
+PLANNER = _below('planner', 'allocate divergences make_plan _refine _slopes _without_bases')
 
 # %% ../nbs/04f_results.ipynb #04f-c018
 def results_folder() -> Path:
