@@ -171,7 +171,8 @@ def fast_autocast(
     "Whether products in bfloat16 are native on `device`."
     d = torch.device(device or 'cpu')
     if d.type == 'cpu':
-        supported = getattr(torch.cpu, '_is_avx512_bf16_supported', None) # PyTorch has no public one
+        # PyTorch has no public function for it
+        supported = getattr(torch.cpu, '_is_avx512_bf16_supported', None)
         return bool(supported and supported())
     return d.type == 'cuda' and torch.cuda.is_bf16_supported()
 
