@@ -554,7 +554,7 @@ def look_ahead(
     check_stream(cfg, run)
     seconds = expected_seconds(model, plans, rows, cfg, device, n)
     if run.progress: tqdm.write(f"about {seconds:.0f} s expected", file=sys.stderr)
-    return cfg, notes, round(seconds, 2)
+    return cfg, notes, float(f'{seconds:.3g}')
 
 def blocks_of(
     model:nn.Module, # dense model
