@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SOLVER', 'DISTILLATION', 'PLANNER', 'DENSE', 'code_hash', 'results_folder', 'provenance', 'recall', 'stale', 'record',
-           'Table', 'table', 'plot_style']
+           'Rows', 'table', 'plot_style']
 
 # %% ../nbs/04f_results.ipynb #04f-c003
 import ast, hashlib, importlib, inspect, json, os, platform, subprocess, textwrap, time
@@ -141,7 +141,7 @@ def _cell(x, digits):
     text = f'{x:.{digits}g}'
     return f'{x:,.0f}' if 'e+' in text else text
 
-class Table:
+class Rows:
     "Rows that show as a table in Jupyter, on the site and in a terminal."
     def __init__(self,
         rows:list, # of dicts
@@ -169,9 +169,9 @@ def table(
     rows:list, # of dicts
     columns=None, # names in order, or a dict of names to headings; None takes all
     digits:int=3, # significant digits of floating-point numbers
-) -> Table:
+) -> Rows:
     "Show `rows` as a table."
-    return Table(rows, columns, digits)
+    return Rows(rows, columns, digits)
 
 # %% ../nbs/04f_results.ipynb #04f-c036
 DENSE = dict(color='#8a8a8a', lw=1., ls='-') # how the dense baseline is drawn

@@ -60,10 +60,12 @@ def anchors(cells):
 
 
 def test_no_heading_twice(pages):
+    doubled = set()
     for name, cells in pages.items():
         found = [a for a in anchors(cells) if a]
         twice = sorted({a for a in found if found.count(a) > 1})
-        assert not twice, f"{name} has these headings twice: {twice}"
+        doubled |= {f"{name}: {a}" for a in twice}
+    assert not doubled, f"these headings are there twice: {sorted(doubled)}"
 
 
 def test_links_lead_somewhere(pages):
