@@ -71,6 +71,9 @@ class PackedLinear(nn.Module):
         r = A.shape[1 if role == 'up' else 0]
         if U is not None and U.shape[1] != r:
             raise ValueError(f"U {tuple(U.shape)} and a packed rank of {r} do not fit")
+        out = A.shape[0] if U is None or role == 'up' else U.shape[0]
+        if bias is not None and bias.shape != (out,):
+            raise ValueError(f"a bias {tuple(bias.shape)} for {out} features")
         self.U,self.A,self.role,self.shared,self.training = U, A, role, shared, False
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SVD', 'OVERHEAD', 'WHAT', 'Run', 'read_settings', 'check_model', 'check_stream', 'choose_plans', 'count_rows',
            'measured_rate', 'expected_operations', 'expected_seconds', 'limit_distillation', 'Job', 'start_job',
-           'measure', 'GroupFactors', 'fit_plan', 'fit', 'adapt_ranks', 'put_in', 'distil', 'round_factors',
+           'measure', 'GroupFactors', 'fit_plan', 'fit', 'adapt_ranks', 'put_in', 'fit_all', 'distil', 'round_factors',
            'size_report', 'Compressed', 'report_of', 'compress', 'look_ahead', 'blocks_of', 'stored_dtype']
 
 # %% ../nbs/03e_pipeline.ipynb #03e-003
@@ -30,7 +30,7 @@ from .blockwise_opt import Solver, adaptive_ranks, fit_group, fit_svd, group_err
 from .distillation import Distillation, distill_blocks, distill_outputs
 from .budgets import Config, GroupPlan, can_distill, check_names, check_plan, configure
 from .budgets import distill_operations, operations_limit, plan_groups, planned_operations
-from .state import Progress, State, fingerprint, hash_tensors
+from .state import Progress, State, fingerprint, hash_tensors, open_state
 from .state import moments_to_tensors, tensors_to_moments
 from .streaming import Visit, block_names, cut_runs, memory_advice, settle, share_tensors
 
@@ -253,30 +253,26 @@ class Job:
 # %% ../nbs/03e_pipeline.ipynb #03e-030
 def _depends_on(plans, cfg, run, budget):
     "What a run depends on beside model and data, in a form that prints the same each time."
-    moments = {f'{k}/{n}': getattr(m, n) for k,m in (run.moments or {}).items()
-               for n in ('C', 'mean', 'scale')}
+    given = (run.moments or {}).items()
+    moments = {f'{k}/{n}': getattr(m, n) for k,m in given for n in ('C', 'mean', 'scale')}
     return dict(budget=budget, cfg=dataclasses.asdict(cfg), seed=run.seed, dtype=run.dtype,
                 plan=[([l.name for l in p.group.linears], p.rank, p.densities) for p in plans],
-                moments=hash_tensors(moments))
+                moments=hash_tensors(moments), rows=[m.n for _,m in given])
 
 def start_job(
     model:nn.Module, # dense model
-    batches, # re-iterable calibration batches
+    state:State, # with the calibration batches, and what an interrupted run has left
     plans:list, # of GroupPlan
     cfg:Config, # what is made
     run:Run, # how
-    budget:float, # share of the parameters to keep
 ) -> Job:
-    "Working copies, and the state that was left by an interrupted run."
-    print_ = {}
-    if run.state is not None:
-        print_ = fingerprint(model, batches, **_depends_on(plans, cfg, run, budget))
-    state = State(run.state, print_, run.resume)
+    "Working copies of the model, and everything that the stages need."
     home = next(p.device for p in model.parameters() if p.is_floating_point())
     device = torch.device(run.device or home)
     where = home if run.stream else device
     dense = share_tensors(model, where, wide=cfg.distill_epochs > 0 or cfg.fit == 'blocks')
-    return Job(dense, share_tensors(dense, where), batches, plans, cfg, run, state, device)
+    copy = share_tensors(dense, where)
+    return Job(dense, copy, state.batches, plans, cfg, run, state, device)
 
 # %% ../nbs/03e_pipeline.ipynb #03e-033
 def _collect(job, linears):
@@ -413,6 +409,18 @@ def put_in(
     job.layers += [dict(name=l.name, role=l.role, group=group.name, rank=rank, error=e, damp=a)
                    for l,e,a in zip(group.linears, factors.errors, factors.damps)]
 
+def fit_all(
+    job:Job, # see start_job
+    budget:float, # share of the parameters to keep
+):
+    "Measure, fit and put in every group, as many at a time as the memory for moments allows."
+    memory = math.inf if job.cfg.ranks == 'adaptive' else job.run.memory*2**30
+    for part in cut_runs(job.plans, memory):
+        moments = measure(job, part)
+        for i,p in adapt_ranks(job, part, moments, budget).items():
+            put_in(job, p, fit(job, i, p, moments))
+        job.state.drop(f'moments-{min(part)}')
+
 # %% ../nbs/03e_pipeline.ipynb #03e-049
 def distil(
     job:Job, # see start_job
@@ -428,7 +436,7 @@ def distil(
             distill_blocks(job.model, job.dense, job.batches, blocks, schedule,
                            progress=run.progress)
     if cfg.distill_epochs:
-        kept = Progress(job.state.path('distillation'))
+        kept = Progress(job.state.path('distillation'), job.state.run)
         with job.phase('distillation'):
             distill_outputs(job.model, job.dense, job.batches, Distillation(cfg.distill_epochs),
                             seed=run.seed, state=kept, progress=run.progress)
@@ -523,13 +531,12 @@ def compress(
     if iter(batches) is batches: batches = list(batches)
     plans,budget = choose_plans(model, cfg, budget, plan, filter_fn, run.seed)
     cfg,notes,expected = look_ahead(model, batches, plans, cfg, run, settings)
-    job = start_job(model, batches, plans, cfg, run, budget)
-    for part in cut_runs(plans, math.inf if cfg.ranks == 'adaptive' else run.memory*2**30):
-        moments = measure(job, part)
-        for i,p in adapt_ranks(job, part, moments, budget).items():
-            put_in(job, p, fit(job, i, p, moments))
-        job.state.drop(f'moments-{min(part)}')
-    distil(job, blocks_of(model, cfg, filter_fn))
+    depends = {}
+    if run.state is not None: depends = fingerprint(model, **_depends_on(plans, cfg, run, budget))
+    with open_state(run.state, depends, batches, run.resume) as state:
+        job = start_job(model, state, plans, cfg, run)
+        fit_all(job, budget)
+        distil(job, blocks_of(model, cfg, filter_fn))
     out = settle(round_factors(job.model, stored_dtype(model, run)), model)
     report = report_of(job, out, preset=preset, budget=budget, seed=run.seed, notes=notes,
                        expected_seconds=expected, seconds=time.perf_counter() - start)

@@ -20,7 +20,8 @@ from .blockwise_opt import fit_bytes
 from .distillation import loss_kind, output_loss, predict
 from .budgets import (GroupPlan, check_names, check_plan, operations_limit,
                              planned_bytes, planned_operations, planned_parameters)
-from .state import digest, replacing
+from .disk import replacing
+from .state import digest
 from .streaming import Visit, block_names, share_tensors
 from .pipeline import Run, compress
 

@@ -42,6 +42,8 @@ class _Factors(nn.Module):
         if U is not None and U.shape[1] != V.shape[0]:
             raise ValueError(f"U {tuple(U.shape)} and V {tuple(V.shape)} do not share a rank")
         self.role,self.U,self.V = role, U, nn.Parameter(V)
+        if bias is not None and bias.shape != (self.out_features,):
+            raise ValueError(f"a bias {tuple(bias.shape)} for {self.out_features} features")
         self.bias = None if bias is None else nn.Parameter(bias)
 
     @property

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 import torch.nn.functional as F
+from .disk import check_private, private_folder, replacing
 
 # %% ../nbs/04_sparse_kernels.ipynb #04-c007
 @functools.cache
@@ -28,6 +29,12 @@ def value_dtype(
     return next((t for t in (torch.float16, torch.bfloat16)
                  if torch.equal(A.to(t).to(A.dtype), A)), A.dtype)
 
+def _expect(P, name, shape):
+    "Refuse a tensor of the format `P` of another shape."
+    if (t := P._buffers[name]) is None or tuple(t.shape) != tuple(shape):
+        raise ValueError(f"{name} of a {type(P).__name__} of {P.shape[0]} x {P.shape[1]} is "
+                         f"{'missing' if t is None else tuple(t.shape)} instead of {tuple(shape)}")
+
 # %% ../nbs/04_sparse_kernels.ipynb #04-007
 class Dense(nn.Module):
     "`x -> x A.T + bias` with `A` (out, in) as it is; the parent of all formats."
@@ -39,6 +46,7 @@ class Dense(nn.Module):
         super().__init__()
         self.shape = tuple(A.shape)
         self.dtype = A.dtype
+        self._sound = None
         A = A.detach()
         if not torch.isfinite(A).all():
             raise ValueError("the matrix holds NaN or infinity; it cannot be packed")
@@ -48,9 +56,20 @@ class Dense(nn.Module):
         self._keep(values=A.contiguous().to(self.dtype))
     def _keep(self, **tensors):
         for k,t in tensors.items(): self.register_buffer(k, t)
+    def check(self):
+        "Refuse tensors that are no matrix of this shape; they may have been loaded since."
+        _expect(self, 'values', self.shape)
+    def sound(self):
+        "`check` the tensors, unless they are those that were checked last."
+        now = tuple((t.data_ptr(), 0 if t.is_inference() else t._version, t.shape)
+                    for t in self._buffers.values() if t is not None)
+        if now != self._sound: self.check()
+        self._sound = now
     def dense(self) -> torch.Tensor: # (out, in)
         "Return the matrix in the dtype that it had."
-        return self.values
+        self.sound()
+        return self._dense()
+    def _dense(self): return self.values
     def forward(self,
         x:torch.Tensor, # inputs (..., in)
         bias:torch.Tensor|None=None, # (out,)
@@ -72,16 +91,41 @@ def _columns(n):
 def _narrow(i): return (i - (i >> 15 << 16)).to(torch.int16)
 def _wide(i): return i.long() & 0xffff
 
+def _starts(counts):
+    "32-bit starts of runs of so many entries each, with the end of the last."
+    starts = F.pad(counts.cumsum(0), (1, 0))
+    if starts[-1] >= 1 << 31:
+        raise ValueError(f"{int(starts[-1])} entries are more than 32 bits can number; "
+                         "keep this layer 'dense' or 'materialised'")
+    return starts.int()
+
+def _check_starts(P, n):
+    "Refuse starts of `n` runs that do not cut the values in order, all of them."
+    _expect(P, 'starts', (n + 1,))
+    s = P.starts.long()
+    if s[0] != 0 or s[-1] != len(P.values) or (s.diff() < 0).any():
+        raise ValueError(f"starts of a {type(P).__name__} do not cut its {len(P.values)} entries")
+
+def _check_columns(P):
+    "Refuse columns outside the matrix."
+    _expect(P, 'columns', P.values.shape)
+    if P.columns.numel() and (most := int(_wide(P.columns).max())) >= P.shape[1]:
+        raise ValueError(f"column {most} of a {type(P).__name__} with {P.shape[1]} columns")
+
 class Csr(Dense):
     "Compressed sparse rows: values, 16-bit columns, 32-bit row starts."
     def _pack(self, A):
         _columns(A.shape[1])
         row,col = A.nonzero(as_tuple=True)
-        counts = torch.bincount(row, minlength=len(A))
-        starts = F.pad(counts.cumsum(0), (1, 0))
-        self._keep(values=A[row,col], columns=_narrow(col), starts=starts.int())
+        starts = _starts(torch.bincount(row, minlength=len(A)))
+        self._keep(values=A[row,col], columns=_narrow(col), starts=starts)
 
-    def dense(self):
+    def check(self):
+        _expect(self, 'values', (self.values.numel(),))
+        _check_columns(self)
+        _check_starts(self, self.shape[0])
+
+    def _dense(self):
         A = torch.zeros(self.shape, dtype=self.dtype, device=self.values.device)
         row = torch.arange(len(A), device=A.device)
         row = torch.repeat_interleave(row, self.starts.long().diff())
@@ -105,7 +149,17 @@ class Condensed(Dense):
         self._keep(values=B.gather(1, col), columns=_narrow(col), rows=rows)
         self.kept = len(B)
 
-    def dense(self):
+    def check(self):
+        _expect(self, 'values', (self.kept, self.values.shape[-1]))
+        _check_columns(self)
+        if self.rows is None: return _expect(self, 'values', (self.shape[0], self.values.shape[1]))
+        _expect(self, 'rows', (self.kept,))
+        r = F.pad(self.rows.long(), (1, 1), value=-1)
+        r[-1] = self.shape[0]
+        if (r.diff() <= 0).any():
+            raise ValueError(f"rows of a Condensed of {self.shape[0]} rows are not in order")
+
+    def _dense(self):
         A = torch.zeros(self.shape, dtype=self.dtype, device=self.values.device)
         B = A if self.rows is None else A[:len(self.values)].clone()
         B.scatter_add_(1, _wide(self.columns), self.values.to(self.dtype)) # fillers add zero
@@ -140,7 +194,13 @@ class TwoFour(Dense):
         self._keep(values=B.gather(2, at).flatten(1), positions=positions)
         self._semi = None # the representation of PyTorch, on a GPU
 
-    def dense(self):
+    def check(self):
+        if self._semi is not None: return
+        o,i = self.shape
+        _expect(self, 'values', (o, i//2))
+        _expect(self, 'positions', (o, i//8))
+
+    def _dense(self):
         if self._semi is not None: return self._semi.to_dense().to(self.dtype)
         p = self.positions
         at = (p[...,None] >> torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=p.device)) & 3
@@ -182,8 +242,7 @@ class Tiles(Dense):
         B = F.pad(A, (0, 64*T - i, 0, 32*G - o)) # (32 G, 64 T)
         B = B.view(G, 32, T, 64).transpose(1, 2) # (G, T, 32, 64)
         counts = (B != 0).sum(3) # entries of a row in a tile (G, T, 32)
-        starts = torch.zeros(1, dtype=torch.long, device=dev)
-        if o: starts = F.pad(counts.amax(2).flatten().cumsum(0), (1, 0))
+        starts = _starts(counts.amax(2).flatten() if o else counts.flatten())
         g,t,l,z = B.nonzero(as_tuple=True)
         first = counts.flatten().cumsum(0) - counts.flatten()
         step = starts[g*T + t] + torch.arange(len(g), device=dev) - first[(g*T + t)*32 + l]
@@ -191,9 +250,21 @@ class Tiles(Dense):
         c = torch.full(v.shape, 255, dtype=torch.uint8, device=dev)
         v[step,l] = B[g,t,l,z]
         c[step,_ORDER.to(dev)[l]] = z.to(torch.uint8)
-        self._keep(values=v, columns=c, starts=starts.int())
+        self._keep(values=v, columns=c, starts=starts)
 
-    def dense(self):
+    def check(self):
+        o,i = self.shape
+        G,T = -(-o//32), -(-i//64)
+        _expect(self, 'values', (len(self.values), 32))
+        _expect(self, 'columns', self.values.shape)
+        _check_starts(self, G*T)
+        tile = torch.arange(G*T, device=self.starts.device)
+        tile = torch.repeat_interleave(tile, self.starts.long().diff())%max(T, 1)
+        width = (i - 64*tile).clamp(max=64)[:,None] # columns that the tile of each step has
+        if ((self.columns >= width) & (self.columns != 255)).any():
+            raise ValueError(f"columns of a Tiles lie outside its {i} columns")
+
+    def _dense(self):
         o,i = self.shape
         dev = self.values.device
         G,T = -(-o//32), -(-i//64)
@@ -282,22 +353,38 @@ def _compile(cmd, cpp, new):
     except (OSError, subprocess.SubprocessError) as e:
         return f"{' '.join(cmd)}: {(getattr(e, 'stderr', None) or str(e)).strip()[:200]}"
 
+def _digest(path):
+    "SHA-256 of a file."
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+def _intact(path):
+    "Whether the library at `path` is this user's, and what was compiled."
+    try:
+        for p in (path, path.with_suffix('.sha256')): check_private(p)
+        return path.with_suffix('.sha256').read_text() == _digest(path)
+    except OSError: return False
+
+def _install(new, path):
+    "Let the library `new` take the place of `path`, with its digest beside it."
+    new.chmod(0o700)
+    with replacing(path) as tmp: new.rename(tmp)
+    with replacing(path.with_suffix('.sha256')) as tmp:
+        tmp.write_text(_digest(path))
+        tmp.chmod(0o600)
+    return path
+
 def _build(source, folder):
-    "Compile `source` into `folder` unless that was done before; the path of the library."
+    "Compile `source` into the private `folder` unless that was done; the path of the library."
     about = f"{source}{_cpu_info()}{platform.machine()}{sys.platform}"
     path = folder/f'kernels-{hashlib.sha256(about.encode()).hexdigest()[:16]}.so'
-    if path.exists(): return path
-    folder.mkdir(parents=True, exist_ok=True)
+    if _intact(path): return path
     errors = []
     with tempfile.TemporaryDirectory(dir=folder) as tmp:
         cpp,new = Path(tmp)/'kernels.cpp', Path(tmp)/'kernels.so'
         cpp.write_text(source)
         for cmd in _compilers():
-            if error := _compile(cmd, cpp, new):
-                errors.append(error)
-                continue
-            os.replace(new, path)
-            return path
+            if not (error := _compile(cmd, cpp, new)): return _install(new, path)
+            errors.append(error)
     raise RuntimeError('; '.join(errors) or "no C++ compiler: install one (g++ or clang++), "
                        "or `pip install fips_nb[fast]`")
 
@@ -312,11 +399,13 @@ def _load():
 
 def _open():
     "Build and open the library."
-    folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'fips_nb'
+    home = Path(os.environ.get('XDG_CACHE_HOME') or '.') # a relative one does not count
+    folder = (home if home.is_absolute() else Path.home()/'.cache')/'fips_nb'
     source = (files('fips_nb')/'assets'/'kernels.cpp').read_text()
     try:
-        try: path = _build(source, folder)
-        except OSError: # a home that cannot be written to
+        try: path = _build(source, private_folder(folder))
+        except OSError as e: # a home that cannot be written to, or that others can write to
+            if isinstance(e, PermissionError): _say(f"kernels are compiled anew: {e}")
             path = _build(source, Path(tempfile.mkdtemp(prefix='fips_nb-')))
         lib = ctypes.CDLL(str(path))
     except (RuntimeError, OSError) as e:
@@ -333,13 +422,21 @@ def kernels() -> bool: # whether there are any
 # %% ../nbs/04_sparse_kernels.ipynb #04-026
 _CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
+def _fit(P, x, bias):
+    "Refuse tensors, inputs and biases that a kernel would read past their ends."
+    P.sound()
+    o = P.shape[0] if P.kept is None else P.kept
+    if x.shape[-1] != P.shape[1]:
+        raise ValueError(f"an input of {x.shape[-1]} features for a matrix of {P.shape[1]} columns")
+    if bias is not None and bias.shape != (o,):
+        raise ValueError(f"a bias {tuple(bias.shape)} for a matrix of {o} rows")
+
 def _cpu(P, name, starts, k, x, bias=None):
     "The product of `x` with the format `P` by the kernel `name`, or None where it has to be dense."
+    _fit(P, x, bias)
     v,c = P._buffers['values'], P._buffers['columns']
     (o,i),lead = P.shape, x.shape[:-1]
     if P.kept is not None: o = P.kept
-    if x.shape[-1] != i:
-        raise ValueError(f"an input of {x.shape[-1]} features for a matrix of {i} columns")
     if x.numel() == 0 or o == 0: return None
     if x.device.type != 'cpu':
         return _say(f"{type(P).__name__} has no kernel for {x.device.type}, so these layers run "
@@ -390,10 +487,9 @@ def _triton_kernel():
 # %% ../nbs/04_sparse_kernels.ipynb #04-c034
 def _triton(P, x, bias=None):
     "The product of `x` (up to 16 rows) with `P` by Triton, or None where it has to be dense."
+    _fit(P, x, bias)
     n,i = x.numel()//max(x.shape[-1], 1), P.shape[1]
     o,k = P.values.shape
-    if x.shape[-1] != i:
-        raise ValueError(f"an input of {x.shape[-1]} features for a matrix of {i} columns")
     if n == 0 or o == 0: return None
     if n > 16 or x.dtype not in _CODE:
         return _say("the Triton kernel takes up to 16 rows of a 16- or 32-bit type; "

@@ -248,6 +248,49 @@ def test_kernels_find_the_threads_of_torch():
     assert sk._load().fips_threads() == 1
 
 
+# ---- tensors that do not fit are refused before a kernel reads them ----
+
+def change(P, name, value, at=-1):
+    "Set one entry of a buffer."
+    P.get_buffer(name).view(-1)[at] = value
+
+
+HOSTILE = [("csr", "columns", 70, 3), ("csr", "starts", -5, 3), ("csr", "starts", 2**31 - 1, -1),
+           ("csr", "starts", 10**6, 5), ("condensed", "columns", 70, 3), ("tiles", "columns", 64, 3),
+           ("tiles", "columns", 40, -1), ("tiles", "starts", -1, 2), ("tiles", "starts", 10**6, -1)]
+
+
+@pytest.mark.parametrize("kind, name, value, at", HOSTILE)
+@pytest.mark.parametrize("way", ["in place", "state dict", "after a product"])
+def test_indices_outside_the_matrix_are_refused(kind, name, value, at, way):
+    P, x = sk.FORMATS[kind](sparse(40, 70, 1. if name == "columns" else .3)), torch.ones(3, 70)
+    if way == "after a product": P(x)
+    if way == "state dict":
+        state = {k: t.clone() for k, t in P.state_dict().items()}
+        state[name].view(-1)[at] = value
+        P.load_state_dict(state)
+    else: change(P, name, value, at)
+    for product in (lambda: P(x), P.dense):
+        with pytest.raises(ValueError, match="column|starts"): product()
+
+
+def test_lengths_that_do_not_fit_are_refused():
+    A, x = sparse(40, 70, .3), torch.ones(3, 70)
+    for kind in ("csr", "condensed", "tiles"):
+        for name in ("values", "columns"):
+            P = sk.FORMATS[kind](A)
+            P._buffers[name] = P._buffers[name][:-1].clone()
+            with pytest.raises(ValueError, match=kind[:4].title()[:3] + "|starts"): P(x)
+        P = sk.FORMATS[kind](A)
+        for n in (1, 39, 41):
+            with pytest.raises(ValueError, match=f"a bias \\({n},\\)"): P(x, torch.ones(n))
+        with pytest.raises(ValueError, match="69 features"): P(x[:, :-1])
+    U = torch.nn.Parameter(torch.ones(9, 40))
+    with pytest.raises(ValueError, match="bias"):
+        PackedLinear(U, sk.Csr(A), "down", torch.ones(1))
+    with pytest.raises(ValueError, match="bias"): FactorLinear(None, A, "up", torch.ones(1))
+
+
 # ---- fallbacks ----
 
 PROBE = """
@@ -267,7 +310,7 @@ FILES = """
 import os, pathlib
 import fips_nb.sparse_kernels as k
 assert k.kernels()
-(f,) = pathlib.Path(os.environ['XDG_CACHE_HOME'], 'fips_nb').iterdir()
+(f,) = pathlib.Path(os.environ['XDG_CACHE_HOME'], 'fips_nb').glob('*.so')
 print(f.stat().st_mtime_ns)
 """
 
@@ -301,6 +344,42 @@ def test_compiled_once_and_shared(tmp_path):
     out = run(FILES, XDG_CACHE_HOME=str(tmp_path))
     again = run(COMPILERS.format("[]") + FILES, XDG_CACHE_HOME=str(tmp_path))
     assert out == again
+
+
+@needs_kernels
+@pytest.mark.parametrize("damage", ["cut", "altered", "digest", "writable"])
+def test_a_broken_library_is_compiled_again_and_never_opened(damage, tmp_path):
+    old = run(FILES, XDG_CACHE_HOME=str(tmp_path))
+    (lib,) = (tmp_path/"fips_nb").glob("*.so")
+    good = lib.read_bytes()
+    if damage == "cut": lib.write_bytes(good[:5000])
+    if damage == "altered": lib.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    if damage == "digest": lib.with_suffix(".sha256").unlink()
+    if damage == "writable": lib.chmod(0o777)
+    assert run(FILES, XDG_CACHE_HOME=str(tmp_path)) != old
+    assert lib.read_bytes() == good and lib.stat().st_mode & 0o777 == 0o700
+
+
+@needs_kernels
+@pytest.mark.parametrize("how", ["shared folder", "link", "relative"])
+def test_foreign_cache_folders_are_not_used(how, tmp_path):
+    "A planted library of the right name is not opened: it would end the process with status 7."
+    run(FILES, XDG_CACHE_HOME=str(tmp_path/"mine"))
+    (name,) = (p.name for p in (tmp_path/"mine/fips_nb").glob("*.so"))
+    planted = tmp_path/"there"/"fips_nb"
+    planted.mkdir(parents=True)
+    evil = tmp_path/"evil.cpp"
+    evil.write_text("#include <cstdlib>\n__attribute__((constructor)) void f() { _Exit(7); }\n")
+    assert sk._compile(sk._compilers()[0], evil, planted/name) is None
+    (planted/name).with_suffix(".sha256").write_text(sk._digest(planted/name))
+    planted.chmod(0o777)
+    home = dict(HOME=str(tmp_path/"home"), XDG_CACHE_HOME=str(tmp_path/"there"))
+    if how == "link": # to a folder that is somebody else's
+        (tmp_path/"link").mkdir()
+        (tmp_path/"link/fips_nb").symlink_to(planted)
+        home |= dict(XDG_CACHE_HOME=str(tmp_path/"link"))
+    if how == "relative": home |= dict(XDG_CACHE_HOME=os.path.relpath(tmp_path/"there", ROOT))
+    assert run(PROBE, **home).startswith("True")
 
 
 @needs_kernels

@@ -5,10 +5,11 @@ import pytest
 import torch
 from small import bits, images, make, same
 
+from fips_nb.disk import replacing
 from fips_nb.grouping import find_mlps
 from fips_nb.pipeline import compress
 from fips_nb.sparse_factors import factor_layers
-from fips_nb.state import Progress, State, digest, read_meta, replacing, write_tensors
+from fips_nb.state import Progress, digest, open_state, read_meta, read_run, write_tensors
 from fips_nb.statistics import collect_moments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -101,7 +102,8 @@ def test_the_passes_of_distillation_are_not_repeated(tmp_path):
     handle, _ = stop_in_forward(model, len(calls)) # the very last
     with pytest.raises(Stop): run(state=tmp_path)
     handle.remove()
-    assert Progress(tmp_path/"distillation.safetensors").load()[1] == 2
+    mark = read_run(tmp_path).run
+    assert Progress(tmp_path/"distillation.safetensors", mark).load()[1] == 2
     handle, again = stop_in_forward(model, 0)
     run(state=tmp_path, resume=True)
     handle.remove()
@@ -162,8 +164,8 @@ def test_other_files_in_the_state_folder_stay(tmp_path):
                                    torch.bool])
 def test_parts_keep_every_dtype(dtype, tmp_path):
     x = {"b": torch.arange(6).view(2, 3).T.to(dtype), "a": torch.tensor(1).to(dtype)}
-    State(tmp_path, {}).part("group-0", lambda: x)
-    got = State(tmp_path, {}, resume=True).part("group-0", lambda: 1/0)
+    with open_state(tmp_path, {}, []) as s: s.part("group-0", lambda: x)
+    with open_state(tmp_path, {}, [], resume=True) as s: got = s.part("group-0", lambda: 1/0)
     assert same(got, x) and got["a"].dtype == dtype
 
 
