@@ -81,7 +81,7 @@ class Dense(nn.Module):
         return sum(b.nbytes for b in self.buffers())
     def extra_repr(self): return f'{self.shape[1]} -> {self.shape[0]}, {self.nbytes():,} bytes'
 
-# %% ../nbs/04_sparse_kernels.ipynb #04-c009
+# %% ../nbs/04_sparse_kernels.ipynb #04-c040
 def _columns(n):
     "Refuse more columns than 16 bits can number."
     if n > 1 << 16:
@@ -112,6 +112,7 @@ def _check_columns(P):
     if P.columns.numel() and (most := int(_wide(P.columns).max())) >= P.shape[1]:
         raise ValueError(f"column {most} of a {type(P).__name__} with {P.shape[1]} columns")
 
+# %% ../nbs/04_sparse_kernels.ipynb #04-c009
 class Csr(Dense):
     "Compressed sparse rows: values, 16-bit columns, 32-bit row starts."
     def _pack(self, A):
