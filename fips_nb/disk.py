@@ -154,11 +154,12 @@ def _sync_all(folder):
 def _take_place(new, folder, old):
     "Put `new` where `folder` is, which goes to `old` if there is one."
     if not folder.exists(): return new.rename(folder)
-    if exchange(new, folder): return new.rename(old)
-    folder.rename(old)
-    try: new.rename(folder)
+    exchanged = exchange(new, folder)
+    if not exchanged: folder.rename(old)
+    try: new.rename(old if exchanged else folder)
     except BaseException:
-        old.rename(folder)
+        if exchanged: exchange(new, folder)
+        else: old.rename(folder)
         raise
 
 def _clear(work, ours, folder):

@@ -65,7 +65,7 @@ def save(
     check_target(folder, overwrite)
     given = _usable(model, options)
     write = _transformers_folders().write if is_transformers(model) else timm_folders.write
-    return write(model, folder, report, **given)
+    return write(model, folder, report, overwrite=overwrite, **given)
 
 # %% ../nbs/07c_hub.ipynb #07-059
 def load(

@@ -651,13 +651,45 @@ MASK = torch.ones(5, dtype=torch.uint8)
 
 @pytest.mark.parametrize("change,match", [
     (lambda t: t.pop("model.norm.weight"), "model.norm.weight is missing"),
+    (lambda t: t.pop("lm_head.weight"), "lm_head.weight is missing"),
+    (lambda t: t.update({LAYERS + "0.mlp.x.fips.V": torch.ones(2)}), "no record tells"),
+    (lambda t: t["model.norm.weight"].fill_(float("nan")), "NaN"),
+    (lambda t: t[LAYERS + "0.mlp.up_proj.fips.V"].fill_(float("inf")), "NaN or infinity")])
+def test_incomplete_tensors(change, match, folder):
+    rewrite(folder/"model.safetensors", change)
+    refused(folder, match)
+
+
+@pytest.mark.parametrize("change,match", [
     (lambda t: t.update(extra=torch.ones(1)), "extra has no place"),
     (lambda t: t.update({"model.norm.weight": torch.ones(31)}), "does not fit"),
     (lambda t: t.update({LAYERS + "0.mlp.up_proj.fips.mask": MASK}), "does not fit")])
-def test_tensors_that_transformers_would_make_up(change, match, folder):
-    "`from_pretrained` goes on with random values where a tensor is missing; `hub.load` does not."
+def test_tensors_that_do_not_fit(change, match, folder):
     rewrite(folder/"model.safetensors", change)
     with pytest.raises(ValueError, match=match): hub.load(folder)
+
+
+def test_a_linear_that_the_records_leave_out(folder):
+    edit(folder, lambda c, q: q["groups"][0]["linears"].pop())
+    refused(folder, "no record tells of the tensor")
+    ours = lambda k: ".fips." not in k or "0.mlp" in k
+    rewrite(folder/"model.safetensors", lambda t: [t.pop(k) for k in list(t) if not ours(k)])
+    def first_block(c, q):
+        for g in q["groups"]: g["linears"] = [l for l in g["linears"] if "0.mlp" in l["name"]]
+        q["groups"] = [g for g in q["groups"] if g["linears"]]
+    edit(folder, first_block)
+    refused(folder, "weight is missing|incomplete")
+
+
+def test_transformers_alone_does_not_make_up_a_model(folder):
+    python(f"""
+import transformers
+try: transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})
+except RuntimeError as e: assert 'ignore_mismatched_sizes' in str(e), e
+else: raise AssertionError('random MLPs')
+""")
+    q = json.loads((folder/"config.json").read_text())["quantization_config"]
+    assert "pip install fips_nb" in q["note"]
 
 
 def test_a_missing_tensor_is_noticed_by_from_pretrained_too(folder):
@@ -686,7 +718,7 @@ def first_linear(**kw): return lambda c, q: q["groups"][0]["linears"][0].update(
 @pytest.mark.parametrize("change,match", [
     (lambda c, q: q.update(version=99), "version 99.*upgrade fips_nb"),
     (first_linear(name="model.layers.0.mlp.gate"), "gate"), (move_layers, "x.model"),
-    (first_linear(shape=7), "records of .* cannot be used"),
+    (first_linear(shape=7), r"linears\[0\].shape is 7"),
     (first_linear(role="sideways"), "sideways"),
     (lambda c, q: c.update(intermediate_size=40), "32 -> 48 in the folder")])
 def test_other_configs(change, match, folder):
@@ -699,11 +731,16 @@ def test_configs_that_only_we_read(folder, tmp_path):
     for change, match in (
         (lambda c, q: c.update(architectures=["LlamaForCausalML"]),
          "no architecture 'LlamaForCausalML'.*'LlamaForCausalLM'"),
-        (lambda c, q: c.pop("architectures"), "lacks 'arch'"),
-        (lambda c, q: c.pop("model_type"), "lacks 'model_type'"),
-        (lambda c, q: q.pop("groups"), "lacks 'groups'"),
+        (lambda c, q: c.pop("architectures"), "arch is None"),
+        (lambda c, q: c.pop("model_type"), "model_type is None"),
+        (lambda c, q: q.pop("groups"), "required field `groups`"),
         (lambda c, q: q.update(rest="8bit"), "8bit"),
         (lambda c, q: q.update(quant_method="gptq"), "saved by fips_nb"),
+        (lambda c, q: c.update(model_type="gpt2"), "no class for models of the type 'gpt2'"),
+        (lambda c, q: c.update(architectures=["Trainer"]), "no architecture 'Trainer'"),
+        (lambda c, q: c.update(attn_implementation="somebody/kernels"), "might be code"),
+        (lambda c, q: c.update(num_hidden_layers=10**9), "more than 65536"),
+        (lambda c, q: c.update(num_hidden_layers=9000), "too many modules"),
         (lambda c, q: c.update(num_hidden_layers=1), "has no place")):
         (folder/"config.json").write_text(good)
         edit(folder, change)
