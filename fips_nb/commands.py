@@ -8,6 +8,8 @@ __all__ = ['FitOptions', 'CompressOptions', 'make_options', 'state_folder', 'Req
 
 # %% ../nbs/09_commands.ipynb #09-c004
 import dataclasses
+import hashlib
+import json
 import os
 import time
 import warnings
@@ -109,6 +111,7 @@ def state_folder(
 
 def _check_out(out, overwrite):
     "Refuse to replace a folder that holds something else, or that nobody asked to replace."
+    from fips_nb.disk import HOLDER, LOCK
     from fips_nb.folder_format import check_target
     path,state = Path(out), state_folder(out)
     if path.is_dir() and not overwrite:
@@ -117,6 +120,7 @@ def _check_out(out, overwrite):
     check_target(path, True) # files of other people are not replaced
     if not state.exists(): return
     held = {p.name for p in state.iterdir()} if state.is_dir() else {state.name}
+    held -= {HOLDER, LOCK}
     if held - {'plan.json'} and 'fingerprint.json' not in held:
         raise ValueError(f"{state} is where the state of the run would go, and it holds something "
                          "else; name another --out")
@@ -198,11 +202,10 @@ def _wants_plan(o):
     sized = _given(o, ('target_ratio', 'target_bytes'))
     return bool(sized) and o.preset == CompressOptions.preset
 
-def _check_compress(out, o):
+def _check_compress(o):
     "Refuse what needs no model to be seen; the configuration, and the plan that is given."
     from fips_nb.budgets import configure
     from fips_nb.planner import Plan
-    _check_out(out, o.overwrite)
     cfg = configure(o.preset, **_overrides(o))
     if o.stream and cfg.distill_epochs:
         raise ValueError("--stream brings one block at a time, and distillation needs the whole "
@@ -233,7 +236,6 @@ def _planned(request, o, targets, state):
                              "interrupted; repeat its command, or start afresh without --resume")
         return plan
     plan = _new_plan(request, o, targets)
-    state.mkdir(parents=True, exist_ok=True)
     plan.save(path)
     return plan
 
@@ -301,13 +303,39 @@ def _summary(request, out, report):
 
 # %% ../nbs/09_commands.ipynb #09-c080
 @contextmanager
-def _tidy(state):
-    "Remove a state that holds nothing to go on with when the run fails."
+def _held(state):
+    "Lock the state of a run; one that fails with nothing to go on with leaves nothing behind."
+    from fips_nb.disk import hold
     from fips_nb.state import clear_state, resumable
-    try: yield
-    except BaseException:
-        if not resumable(state): clear_state(state, remove=True)
-        raise
+    state.mkdir(parents=True, exist_ok=True)
+    with hold(state):
+        try: yield
+        except BaseException:
+            if not resumable(state): clear_state(state, remove=True)
+            raise
+
+def _clear(state):
+    "Remove the state of a run whose result is saved."
+    from fips_nb.state import clear_state
+    (state/'plan.json').unlink(missing_ok=True)
+    clear_state(state, remove=True)
+
+_NO_MATTER = ('resume', 'overwrite', 'progress', 'tell', 'device') # to the result
+
+def _mark(model, o):
+    "What tells this request from others."
+    given = {k: v for k,v in dataclasses.asdict(o).items() if k not in _NO_MATTER}
+    text = json.dumps([model, given], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+def _finished(out, state, mark):
+    "The report in `out` if it is the result of the run in `state`, or of the same request."
+    from fips_nb.folder_format import is_ours, read_config
+    from fips_nb.state import read_run
+    if not is_ours(Path(out)): return None
+    report,run = read_config(out).get('report') or {}, read_run(state)
+    same = report.get('run') == run.run if run else report.get('request') == mark
+    return report if same else None
 
 # %% ../nbs/09_commands.ipynb #09-c083
 def _settings(request, o):
@@ -319,18 +347,18 @@ def _settings(request, o):
 def _run_pipeline(request, o, how, state):
     "Compress the model of `request`, as `how` (a plan or a budget) says."
     from fips_nb import pipeline
-    with _tidy(state):
-        return pipeline.compress(request.model, request.batches, preset=o.preset, state=state,
-                                 resume=o.resume, progress=o.progress, **how,
-                                 **_settings(request, o))
+    return pipeline.compress(request.model, request.batches, preset=o.preset, state=state,
+                             resume=o.resume, progress=o.progress, **how, **_settings(request, o))
 
 # %% ../nbs/09_commands.ipynb #09-c086
 def _save(request, o, res, out, plan):
     "Write the folder; the report that lies in it."
     from fips_nb import hub
-    source = dict(model=request.name, n_calib=request.n)
+    from fips_nb.state import read_run
+    source = dict(model=request.name, n_calib=request.n, unit=request.unit)
     source |= {k: Path(v).name if (v := getattr(o, k)) else None for k in ('weights', 'calib')}
-    report = res.report | dict(source=source)
+    run = read_run(state_folder(out)).run
+    report = res.report | dict(source=source, run=run, request=_mark(request.name, o))
     if plan:
         report['plan'] = {k: plan.about[k] for k in
                           ('count', 'budget', 'divergence', 'predicted', 'trials')}
@@ -370,30 +398,42 @@ def compress(
     **options, # fields of CompressOptions
 ) -> dict: # sizes, bytes and seconds
     "Make `model` smaller and save it in `out`."
-    from fips_nb.state import clear_state, resumable
     o,clock,state = make_options(CompressOptions, options), _Clock(), state_folder(out)
-    cfg,plan = _check_compress(out, o)
-    request = _open_request(model, o, cfg.targets)
+    report = _finished(out, state, _mark(model, o)) if o.resume else None
+    if report is None: _check_out(out, o.overwrite)
+    cfg,plan = _check_compress(o)
+    with _held(state):
+        request = _open_request(model, o, cfg.targets)
+        if report is None: report = _compress(request, out, o, cfg, plan, clock)
+        else: _say_finished(request, out, o, report)
+        _clear(state)
+    clock.lap('save')
+    return dict(_summary(request, out, report), **clock.report())
+
+def _say_finished(request, out, o, report):
+    "Tell that a run was killed after it had saved its result."
+    if o.tell: o.tell(f"{out} is complete; nothing is left to do")
+    request.n,request.unit = (report['source'].get(k) for k in ('n_calib', 'unit'))
+
+def _compress(request, out, o, cfg, plan, clock):
+    "Read the data, plan, compress and save; the report."
+    from fips_nb.state import resumable
+    state,tell = state_folder(out), o.tell or (lambda line: None)
     if plan: plan.check(request.model)
     budget = None if plan or _wants_plan(o) else _flat_budget(request, o, cfg)
-    tell = o.tell or (lambda line: None)
     if o.resume and not resumable(state):
         tell(f"there is nothing to resume in {state}; starting afresh")
     _read_data(request, o)
     clock.lap('read')
     if _wants_plan(o):
-        tell(f"planning for {model}: trial fits show which layer should keep how much")
+        tell(f"planning for {request.name}: trial fits show which layer should keep how much")
         plan = _planned(request, o, cfg.targets, state)
         clock.lap('plan')
     how = dict(plan=plan) if plan else dict(budget=budget)
     if o.tell: tell(_forecast(request, o, dict(budget=budget, plan=plan)))
     res = _run_pipeline(request, o, how, state)
     clock.add(res.report['seconds_by_phase'])
-    report = _save(request, o, res, out, plan)
-    (state/'plan.json').unlink(missing_ok=True)
-    clear_state(state, remove=True)
-    clock.lap('save')
-    return dict(_summary(request, out, report), **clock.report())
+    return _save(request, o, res, out, plan)
 
 # %% ../nbs/09_commands.ipynb #09-c104
 def _check_plan_file(out):

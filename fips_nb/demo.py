@@ -48,8 +48,8 @@ def demo_llm(
     "Open the demo language model."
     from transformers import AutoModelForCausalLM, AutoTokenizer
     folder = str(_ASSETS/'demo_llm')
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype='auto')
-    return model.eval(), AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype='auto', trust_remote_code=False)
+    return model.eval(), AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 # %% ../nbs/08_demo.ipynb #08-c006
 def demo_text(

@@ -9,11 +9,11 @@ __all__ = ['one_line', 'check_name', 'new_model', 'read_weights', 'load_weights'
 # %% ../nbs/08a_models.ipynb #11-003
 import dataclasses
 import difflib
-import json
 import os
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
+from .schema import read_json
 
 # %% ../nbs/08a_models.ipynb #08a-c007
 def one_line(
@@ -151,9 +151,7 @@ def is_text_model(
     if not f.is_file():
         raise ValueError(f"{path} has no config.json, so it holds no model of transformers "
                          "and none that fips has made")
-    try: config = json.loads(f.read_text(encoding='utf-8'))
-    except ValueError as e:
-        raise ValueError(f"{f} is not valid JSON: {one_line(e)}") from None
+    config = read_json(f)
     return isinstance(config, dict) and 'model_type' in config
 
 # %% ../nbs/08a_models.ipynb #08a-c033
@@ -171,10 +169,14 @@ def _from_transformers(name):
     "The model `name` as its configuration says, and the tensors that its files lack."
     import transformers as tf
     from fips_nb import hub
-    config = tf.AutoConfig.from_pretrained(name)
+    from fips_nb.folder_format import check_plain
+    check_plain(tf.PreTrainedConfig.get_config_dict(name)[0], name)
+    config = tf.AutoConfig.from_pretrained(name, trust_remote_code=False)
     if hasattr(config, 'quantization_config') and hub.read_config(name): return hub.load(name), []
-    cls = getattr(tf, (config.architectures or ['AutoModel'])[0], tf.AutoModel)
-    model,info = cls.from_pretrained(name, dtype='auto', output_loading_info=True)
+    cls = getattr(tf, str(next(iter(config.architectures or ()), '')), None)
+    if not (isinstance(cls, type) and issubclass(cls, tf.PreTrainedModel)): cls = tf.AutoModel
+    model,info = cls.from_pretrained(name, dtype='auto', output_loading_info=True,
+                                     trust_remote_code=False)
     return model, sorted(info['missing_keys'])
 
 # %% ../nbs/08a_models.ipynb #08a-c035

@@ -11,7 +11,10 @@ import contextlib, dataclasses, json, math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
+import msgspec
 import torch
+from msgspec import Meta
 from torch import nn
 from tqdm.auto import tqdm
 from .grouping import Group, LinearSpec, factor_bytes, find_modules, group_modules
@@ -21,6 +24,7 @@ from .distillation import loss_kind, output_loss, predict
 from .budgets import (GroupPlan, check_names, check_plan, operations_limit,
                              planned_bytes, planned_operations, planned_parameters)
 from .disk import replacing
+from .schema import Name, Positive, Size, conform, read_json, unique
 from .state import digest
 from .streaming import Visit, block_names, share_tensors
 from .pipeline import Run, compress
@@ -152,8 +156,31 @@ def allocate(
     return with_densities(plan, (grid[i] for grid,i in zip(grids, chosen)))
 
 # %% ../nbs/03f_planner.ipynb #03f-c029
-_KEYS = ('model', 'targets', 'levels', 'count', 'budget', 'divergence', 'predicted', 'trials',
-         'groups')
+class _PlannedLinear(msgspec.Struct):
+    "A linear in the file of a plan."
+    name:Name
+    role:Literal['up', 'down']
+    d:Size
+    h:Size
+    density:Positive
+
+class _PlannedGroup(msgspec.Struct):
+    "A group in the file of a plan."
+    name:Name
+    rank:Annotated[int, Meta(ge=0, le=2**31 - 1)]
+    linears:Annotated[list[_PlannedLinear], Meta(min_length=1, max_length=2**16)]
+
+class _PlanFile(msgspec.Struct):
+    "The file of a plan."
+    model:Name # digest
+    targets:Literal['mlp', 'attn', 'all']
+    levels:Annotated[int, Meta(ge=1, le=2**16)]
+    count:Literal['parameters', 'bytes']
+    budget:Positive
+    divergence:float|None
+    predicted:float|None
+    trials:dict[Name,float]
+    groups:Annotated[list[_PlannedGroup], Meta(min_length=1, max_length=2**16)]
 
 def _to_json(x):
     "A `GroupPlan` as a dict."
@@ -163,23 +190,20 @@ def _to_json(x):
 
 def _from_json(g):
     "The `GroupPlan` of a dict."
-    linears = tuple(LinearSpec(str(l['name']), str(l['role']), int(l['d']), int(l['h']))
-                    for l in g['linears'])
-    return GroupPlan(Group(str(g['name']), linears), g['rank'],
-                     tuple(float(l['density']) for l in g['linears']))
+    linears = tuple(LinearSpec(l['name'], l['role'], l['d'], l['h']) for l in g['linears'])
+    densities = tuple(float(l['density']) for l in g['linears'])
+    return GroupPlan(Group(g['name'], linears), g['rank'], densities)
 
 def _parse(path):
-    "The content of a plan's file, checked as far as its first level."
+    "The content of a plan's file, checked."
     if not path.is_file(): raise ValueError(f"there is no plan {path}; `fips plan` makes one")
-    try: about = json.loads(path.read_text(encoding='utf-8'))
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path} is not valid JSON: {e}") from None
+    about = read_json(path)
     if not isinstance(about, dict) or about.pop('format', None) != 'fips_nb plan':
         raise ValueError(f"{path} is no plan of fips_nb")
     if (v := about.pop('version', None)) != 1:
         raise ValueError(f"{path} has format version {v}, and this fips_nb reads version 1")
-    if lacking := [k for k in _KEYS if k not in about]:
-        raise ValueError(f"{path} lacks {lacking[0]!r}, so it is no plan of fips_nb")
+    conform(about, _PlanFile, f"{path} is no plan of fips_nb")
+    unique((l['name'] for g in about['groups'] for l in g['linears']), path, 'the linear')
     return about
 
 # %% ../nbs/03f_planner.ipynb #03f-c030
@@ -199,11 +223,7 @@ class Plan:
     def read(cls, path):
         "Read what `save` wrote to `path`."
         about = _parse(Path(path))
-        try: return cls([_from_json(g) for g in about.pop('groups')], about)
-        except KeyError as e:
-            raise ValueError(f"{path} lacks {e}, so it is no plan of fips_nb") from None
-        except (TypeError, ValueError, OverflowError) as e:
-            raise ValueError(f"the groups of {path} are no plan of fips_nb: {e}") from None
+        return cls([_from_json(g) for g in about.pop('groups')], about)
 
     def check(self, model):
         "Refuse a `model` that the plan was not made for."

@@ -12,7 +12,6 @@ import hashlib
 import json
 import re
 import secrets
-import shutil
 import warnings
 from pathlib import Path
 import msgspec
@@ -193,8 +192,8 @@ def clear_state(
     for p in sorted(Path(folder).glob('*'), key=lambda p: p.name == _PRINT):
         if re.fullmatch(ours, p.name) or is_temporary(p.name, ours): p.unlink(missing_ok=True)
     if not remove: return
-    if {p.name for p in Path(folder).glob('*')} <= {LOCK, HOLDER}:
-        shutil.rmtree(folder, ignore_errors=True)
+    for name in (LOCK, HOLDER): (Path(folder)/name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError): Path(folder).rmdir()
 
 def resumable(
     folder, # of a state

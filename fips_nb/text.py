@@ -8,7 +8,7 @@ __all__ = ['documents', 'render_chats', 'tokenize', 'open_tokenizer', 'context_l
            'enough_windows', 'window_sums', 'perplexity', 'cosine_similarity']
 
 # %% ../nbs/04c_text.ipynb #06-003
-import io, json, math, os
+import io, math, os
 from dataclasses import dataclass, fields
 from itertools import islice, repeat
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 from .statistics import feed
+from .schema import parse_json
 from .grouping import find_modules
 from .images import eval_mode
 
@@ -35,10 +36,10 @@ def _from_json(path, column):
     rows = []
     for i,line in enumerate(_text_of(path).split('\n'), 1):
         if not line.strip(): continue
-        try: rows.append(json.loads(line)[column])
-        except (ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"line {i} of {path} is no JSON object with {column!r} "
-                             f"({type(e).__name__}: {e})") from e
+        row = parse_json(line, f'line {i} of {path}')
+        if not isinstance(row, dict) or column not in row:
+            raise ValueError(f"line {i} of {path} is no JSON object with {column!r}: {line:.80}")
+        rows.append(row[column])
     return rows
 
 def _from_file(path, column, lines):
@@ -168,7 +169,7 @@ def open_tokenizer(
         raise ValueError(f"no tokenizer in {folder}: copy tokenizer.json and "
                          "tokenizer_config.json of the original model there, or name a folder "
                          "that has them")
-    try: return AutoTokenizer.from_pretrained(name)
+    try: return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as e:
         said = ' '.join(str(e).split())[:200]
         raise ValueError(f"the tokenizer of {name} cannot be opened "

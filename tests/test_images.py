@@ -1,13 +1,15 @@
 """Reading images: odd folders, broken files, odd modes, real data where there is some."""
-import os, warnings
+import os, time, warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest, timm, torch
 from PIL import Image
 
 from fips_nb.demo import demo_images, demo_vit
-from fips_nb.images import ImageBatches, accuracy, find_images, pick_items, transform_for
+from fips_nb.images import (ImageBatches, accuracy, eight_bits, find_images, pick_items,
+                            transform_for)
 
 DATA = os.environ.get("FIPS_NB_DATA")
 
@@ -93,13 +95,48 @@ def test_hugging_face_dataset_reads_labels_as_a_column(digits):
 
 # ---- decoding ----
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I", "F", "I;16", "YCbCr", "HSV"])
 @pytest.mark.parametrize("model", ["demo-vit", "vit_tiny_patch16_224"])
 def test_every_mode_of_image(mode, model):
     m = demo_vit() if model == "demo-vit" else timm.create_model(model)
     x = transform_for(m)(Image.new(mode, (37, 211)))
     assert x.dtype == torch.float32
     assert x.shape == ((1, 8, 8) if model == "demo-vit" else (3, 224, 224))
+
+
+@pytest.mark.parametrize("mode, most", [("I;16", 65535), ("I", 65535), ("F", 1.), ("F", 255.)])
+def test_more_than_eight_bits_are_scaled_not_cut(mode, most):
+    ramp = (np.linspace(0, 1, 256)*most).reshape(16, 16)
+    kinds = {"I;16": np.uint16, "I": np.int32, "F": np.float32}
+    got = np.array(eight_bits(Image.fromarray(ramp.astype(kinds[mode]))))
+    assert got.dtype == np.uint8 and abs(got.reshape(-1).astype(int) - np.arange(256)).max() <= 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1., 300.])
+def test_pixels_that_are_none(value):
+    image = Image.fromarray(np.full((4, 4), value, np.float32))
+    with pytest.raises(ValueError, match="pixels of the mode F"): eight_bits(image)
+
+
+def test_hostile_images(tmp_path):
+    "A PostScript file under another name reaches no other program, and a bomb is not decoded."
+    (tmp_path/"a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    Image.new("1", (9000, 9000)).save(tmp_path/"b.png")
+    for i in range(2): Image.new("L", (8, 8)).save(tmp_path/f"c{i}.png")
+    t = time.perf_counter()
+    batches = ImageBatches(find_images(tmp_path)[:1], transform_for(demo_vit()))
+    with refused("cannot identify image file"): list(batches)
+    batches = ImageBatches(find_images(tmp_path)[1:2], transform_for(demo_vit()))
+    with refused("81000000|9000 x 9000 pixels"): list(batches)
+    assert time.perf_counter() - t < 2
+
+
+@pytest.mark.parametrize("name", ["../x.png", "/etc/passwd", "link.png", "deep/../../x.png", "a\0b"])
+def test_labels_csv_stays_inside_its_folder(flat, name):
+    Image.new("L", (8, 8)).save(flat.parent/"x.png")
+    (flat/"link.png").symlink_to(flat.parent/"x.png")
+    with refused("names 1 files that are not in"):
+        find_images(labelled(flat, f"file,label\n{name},1\n"))
 
 
 def test_transform_of_a_model_made_smaller():

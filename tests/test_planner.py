@@ -81,9 +81,9 @@ def test_densities_of_a_plan_are_those_of_the_model(model, batches):
 @pytest.mark.parametrize('change, said', [
     (lambda p: p.update(format='x'), 'no plan of fips_nb'),
     (lambda p: p.update(version=2), 'format version 2'),
-    (lambda p: p.pop('trials'), "lacks 'trials'"),
-    (lambda p: p['groups'][0].pop('rank'), "lacks 'rank'"),
-    (lambda p: p['groups'][0]['linears'][0].pop('density'), "lacks 'density'"),
+    (lambda p: p.pop('trials'), "required field `trials`"),
+    (lambda p: p['groups'][0].pop('rank'), "required field `rank`"),
+    (lambda p: p['groups'][0]['linears'][0].pop('density'), "required field `density`"),
 ])
 def test_files_that_are_no_plans(model, tmp_path, change, said):
     path = tmp_path / 'p.json'
