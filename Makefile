@@ -6,6 +6,9 @@ PIP_ARGS ?=
 FLAGS ?=
 NB ?=
 JOBS ?= 2
+N ?= 100000
+KILLS ?= 1000
+SEED ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 # tests: as many processes as JOBS, one thread each, and none that spins while it waits: on a busy machine several
@@ -17,7 +20,7 @@ BIN := $(VENV)/bin
 DOCS_ENV := $(VENV)/$(if $(shell command -v quarto 2>/dev/null),.test,.docs)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check export run clean-nbs readme preview docs clean
+.PHONY: help demo test trial check export run clean-nbs readme preview docs clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -69,6 +72,11 @@ test: $(VENV)/.test ## everything: generated files in sync, notebooks, pytest
 	$(POLITE) $(BIN)/python -m pytest -m sync
 	$(POLITE) $(BIN)/nbdev_test --n_workers $(JOBS) --timing --flags "$(FLAGS)"
 	$(POLITE) $(BIN)/python -m pytest -m "not sync" -n $(JOBS) --dist loadfile
+
+trial: $(VENV)/.test ## hours of hostile folders, kills and failing disks: make trial N=100000 KILLS=1000 SEED=1
+	$(POLITE) $(BIN)/python tests/trial.py folders $(N) --seed $(SEED) --record
+	$(POLITE) $(BIN)/python tests/trial.py kills $(KILLS) --seed $(SEED) --record
+	$(POLITE) $(BIN)/python tests/trial.py faults --record
 
 check: $(VENV)/.test ## only the quick checks: generated files, layout, import direction, outputs, figures
 	$(POLITE) $(BIN)/python -m pytest tests/test_packaging.py -n $(JOBS)

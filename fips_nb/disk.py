@@ -162,6 +162,7 @@ def _take_place(new, folder, old):
         else: old.rename(folder)
         raise
 
+# %% ../nbs/02c_disk.ipynb #02c-030
 def _clear(work, ours, folder):
     "Remove a workplace; of an earlier folder only what is `ours`."
     recover(folder) # Ctrl-C between two renames

@@ -8,8 +8,9 @@ __all__ = ['REST', 'FORMAT', 'VERSION', 'FILES', 'Dtype', 'Order', 'Codec', 'WID
            'dtype_name', 'dtype_named', 'memory_order', 'in_order', 'linear_record', 'group_record', 'rounding_error',
            'narrow', 'outside', 'main_dtype', 'check_rest', 'store_rest', 'round_rest', 'of_transformers', 'is_ours',
            'check_target', 'swap_in', 'LinearEntry', 'GroupPart', 'GroupEntry', 'LayerEntry', 'LayerGroupEntry',
-           'check_groups', 'check_plain', 'check_version', 'read_config', 'header', 'check_claims', 'check_nonzeros',
-           'bounded_build', 'check_tables', 'refusing', 'shard_files', 'folder_bytes', 'file_parts', 'dense_bytes']
+           'check_groups', 'check_depth', 'check_plain', 'check_version', 'read_config', 'header', 'check_claims',
+           'check_nonzeros', 'bounded_build', 'check_tables', 'refusing', 'shard_files', 'folder_bytes', 'file_parts',
+           'dense_bytes']
 
 # %% ../nbs/07_folder_format.ipynb #07-003
 import math
@@ -22,6 +23,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from msgspec import Meta
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -376,7 +378,7 @@ class _Own(_Any, kw_only=True):
     sha256:Annotated[str, Meta(pattern='^[0-9a-f]{64}$')] # of the weights file
     tied:dict[Name,Name] # name of a tensor -> name under which it is stored
     groups:Annotated[list[GroupEntry], Meta(min_length=1, max_length=2**16)]
-    own16:list[Name] = [] # tensors that have 16 bits in the model itself
+    own:list[Name] = [] # tensors of another dtype than the model's
 
 class _Theirs(_Any, kw_only=True):
     "What a folder of a transformers model says of the factors, with three of its other entries."
@@ -411,19 +413,28 @@ def check_groups(
 ATTENTION = (None, 'eager', 'sdpa', 'flex_attention') # implementations that a folder may ask for
 DEEPEST = 2**16 # layers
 
+def check_depth(
+    config, # of a transformers model, as its config.json has it
+    where, # the file, for errors
+):
+    "Refuse a configuration of more layers than any model has."
+    for k,v in config.items() if isinstance(config, dict) else ():
+        if type(v) is int and re.search('layer|depth|block', k) and v > DEEPEST:
+            raise ValueError(f"{where}: {k} is {v}, more than {DEEPEST}")
+        for x in v if isinstance(v, list) else [v]: check_depth(x, where)
+
 def check_plain(
     config, # of a transformers model, as its config.json has it
     where, # the file, for errors
 ):
     "Refuse a configuration that asks for code, or for more layers than any model has."
+    check_depth(config, where)
     for k,v in config.items() if isinstance(config, dict) else ():
         if k.endswith('attn_implementation') and v not in ATTENTION:
             raise ValueError(f"{where}: {k} {v!r} is not one of {', '.join(ATTENTION[1:])}, and "
                              "might be code from elsewhere; ask for it when you open the model")
         if k == 'experts_implementation' and v not in (None, 'eager', 'batched_mm', 'grouped_mm'):
             raise ValueError(f"{where}: {k} {v!r} might be code from elsewhere")
-        if type(v) is int and re.search('layer|depth|block', k) and v > DEEPEST:
-            raise ValueError(f"{where}: {k} is {v}, more than {DEEPEST}")
         for x in v if isinstance(v, list) else [v]: check_plain(x, where)
 
 # %% ../nbs/07_folder_format.ipynb #07-c068
@@ -525,7 +536,7 @@ def check_tables(
 
 # %% ../nbs/07_folder_format.ipynb #07-c054
 _MISFITS = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, AssertionError,
-            OverflowError, SafetensorError) # a RecursionError is a RuntimeError
+            OverflowError, SafetensorError, StrictDataclassError) # a RecursionError is a RuntimeError
 
 @contextmanager
 def refusing(

@@ -65,7 +65,8 @@ def save(
     check_target(folder, overwrite)
     given = _usable(model, options)
     write = _transformers_folders().write if is_transformers(model) else timm_folders.write
-    return write(model, folder, report, overwrite=overwrite, **given)
+    with swap_in(folder, overwrite) as new: write(model, new, report, **given)
+    return folder
 
 # %% ../nbs/07c_hub.ipynb #07-059
 def load(

@@ -175,7 +175,9 @@ _FORMATS = ('JPEG', 'PNG', 'BMP', 'WEBP', 'TIFF', 'GIF', 'PPM') # others may sta
 
 def _decode(transform, item):
     "The tensor of one item, or the error that kept it from being read."
-    try: return transform(item.read() if isinstance(item, _Row) else Image.open(item, 'r', _FORMATS))
+    try:
+        image = item.read() if isinstance(item, _Row) else Image.open(item, 'r', _FORMATS)
+        return transform(image)
     except _UNREADABLE as e: return e
 
 def _refuse_many(bad, n_seen, n_items):

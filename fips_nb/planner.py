@@ -182,6 +182,7 @@ class _PlanFile(msgspec.Struct):
     trials:dict[Name,float]
     groups:Annotated[list[_PlannedGroup], Meta(min_length=1, max_length=2**16)]
 
+# %% ../nbs/03f_planner.ipynb #03f-c080
 def _to_json(x):
     "A `GroupPlan` as a dict."
     linears = [dict(dataclasses.asdict(l), density=q)

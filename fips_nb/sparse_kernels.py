@@ -178,21 +178,26 @@ class Condensed(Dense):
         return out.index_copy_(-1, self.rows.long(), y)
 
 # %% ../nbs/04_sparse_kernels.ipynb #04-012
+def _two_of_four(A):
+    "Two entries of every four in each row, and where they stand (0 to 3)."
+    B = A.unflatten(1, (-1, 4))
+    n = int((B != 0).sum(2).max()) if B.numel() else 0
+    if n > 2:
+        raise ValueError(f"the matrix has {n} entries in one run of four; "
+                         "prune it with pattern=(2, 4)")
+    at = (B != 0).int().sort(dim=2, descending=True, stable=True).indices[...,:2].sort(2).values
+    return B.gather(2, at).flatten(1), at.flatten(1)
+
+# %% ../nbs/04_sparse_kernels.ipynb #04-c051
 class TwoFour(Dense):
     "At most two entries of every four in a row: values (out, in/2), four 2-bit positions a byte."
     def _pack(self, A):
         if A.shape[1] % 8:
             raise ValueError(f"{A.shape[1]} columns are no multiple of 8, which 2:4 needs")
-        B = A.unflatten(1, (-1, 4))
-        n = int((B != 0).sum(2).max()) if B.numel() else 0
-        if n > 2:
-            raise ValueError(f"the matrix has {n} entries in one run of four; "
-                             "prune it with pattern=(2, 4)")
-        at = (B != 0).int().sort(dim=2, descending=True, stable=True).indices[...,:2]
-        at = at.sort(2).values
+        values,at = _two_of_four(A)
         shifts = torch.tensor([0, 2, 4, 6], device=A.device)
-        positions = (at.flatten(1).unflatten(1, (-1, 4)) << shifts).sum(2).to(torch.uint8)
-        self._keep(values=B.gather(2, at).flatten(1), positions=positions)
+        positions = (at.unflatten(1, (-1, 4)) << shifts).sum(2).to(torch.uint8)
+        self._keep(values=values, positions=positions)
         self._semi = None # the representation of PyTorch, on a GPU
 
     def check(self):
@@ -229,11 +234,12 @@ class TwoFour(Dense):
         semi = [] if self._semi is None else [self._semi.packed, self._semi.meta]
         return super().nbytes() + sum(t.nbytes for t in semi if t is not None)
 
-# %% ../nbs/04_sparse_kernels.ipynb #04-014
+# %% ../nbs/04_sparse_kernels.ipynb #04-c060
 # where the byte of each of the 32 rows stands in a step
 _ORDER = torch.tensor([0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27,
                        4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31])
 
+# %% ../nbs/04_sparse_kernels.ipynb #04-014
 class Tiles(Dense):
     "Tiles of 32 rows x 64 columns: values and column bytes (steps, 32), first step of each tile."
     def _pack(self, A):
@@ -253,15 +259,18 @@ class Tiles(Dense):
         c[step,_ORDER.to(dev)[l]] = z.to(torch.uint8)
         self._keep(values=v, columns=c, starts=starts)
 
+    def _tiles(self):
+        "The tile of each step."
+        tile = torch.arange(len(self.starts) - 1, device=self.starts.device)
+        return torch.repeat_interleave(tile, self.starts.long().diff())
+
     def check(self):
         o,i = self.shape
         G,T = -(-o//32), -(-i//64)
         _expect(self, 'values', (len(self.values), 32))
         _expect(self, 'columns', self.values.shape)
         _check_starts(self, G*T)
-        tile = torch.arange(G*T, device=self.starts.device)
-        tile = torch.repeat_interleave(tile, self.starts.long().diff())%max(T, 1)
-        width = (i - 64*tile).clamp(max=64)[:,None] # columns that the tile of each step has
+        width = (i - 64*(self._tiles()%max(T, 1))).clamp(max=64)[:,None] # of each step's tile
         if ((self.columns >= width) & (self.columns != 255)).any():
             raise ValueError(f"columns of a Tiles lie outside its {i} columns")
 
@@ -271,8 +280,7 @@ class Tiles(Dense):
         G,T = -(-o//32), -(-i//64)
         c = self.columns[:,_ORDER.to(dev)]
         step,l = (c != 255).nonzero(as_tuple=True)
-        tile = torch.arange(G*T, device=dev)
-        tile = torch.repeat_interleave(tile, self.starts.long().diff())[step]
+        tile = self._tiles()[step]
         B = torch.zeros(G*32, T*64, dtype=self.dtype, device=dev)
         row,col = tile//max(T, 1)*32 + l, tile%max(T, 1)*64 + c[step,l].long()
         B[row,col] = self.values[step,l].to(self.dtype)

@@ -48,7 +48,12 @@ def unpack_group(
 ) -> tuple: # U (d, r) or None, and one projection for each linear
     "Unpack the factors of one group, in the dtype they had."
     U, name, dtype = tensors.get('U'), record['name'], dtype_named(record['dtype'])
-    check_finite(tensors, name, dtype_named(record['values']))
+    values = dtype_named(record['values'])
+    wants = dict(U=values, V=values, mask=torch.uint8)
+    if wrong := [k for k,t in tensors.items() if t.dtype != wants[k]]:
+        raise ValueError(f"{wrong[0]} of {name} is {dtype_name(tensors[wrong[0]].dtype)} instead "
+                         f"of {dtype_name(wants[wrong[0]])}")
+    check_finite(tensors, name, values)
     sizes = [math.prod(l['shape']) for l in record['linears']]
     V = unpack_values(record['codec'], tensors, sum(sizes), dtype, name)
     for v,l in zip(V.split(sizes), record['linears']): check_nonzeros(v, l)
@@ -73,8 +78,9 @@ def _check_args(value, where):
         raise ValueError(f"{where} is {value}, more than {_LARGEST}")
     if isinstance(value, (dict, list)) and len(value) > _LONGEST:
         raise ValueError(f"{where} has {len(value)} entries, more than {_LONGEST}")
-    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for k,v in pairs: _check_args(v, f'{where}[{k!r}]')
+    if isinstance(value, list): value = dict(enumerate(value))
+    for k,v in value.items() if isinstance(value, dict) else ():
+        _check_args(v, f'{where}[{k!r}]')
 
 def _check_origin(arch, args):
     "Refuse architectures that timm does not have, and arguments that reach for files."
@@ -226,25 +232,25 @@ def _packed(model, fresh, dtype, rest):
     groups = layer_groups(model)
     own, tied = _rest(model, fresh)
     tensors, stored, error = store_rest(own, rest)
-    narrow = [k for k,t in own.items() if t.is_floating_point() and t.dtype.itemsize == 2]
     records = []
     for i,g in enumerate(groups):
         packed, record = pack_group(g, dtype or value_dtype_of(groups))
         tensors = tensors | {f'fips.{i}.{k}': t for k,t in packed.items()}
         records.append(record)
-    about = dict(dtype=dtype_name(main_dtype(own)), rest=stored, tied=tied, groups=records)
-    return tensors, about | dict(own16=narrow if stored == '16bit' else []), error
+    main = main_dtype(own)
+    others = [k for k,t in own.items() if t.is_floating_point() and t.dtype != main]
+    about = dict(dtype=dtype_name(main), rest=stored, tied=tied, groups=records, own=others)
+    return tensors, about, error
 
 # %% ../nbs/07a_timm_folders.ipynb #07a-c036
 def write(
     model:nn.Module, # factorised timm model
-    folder:Path, # checked by check_target
+    folder:Path, # new, or empty
     report:dict|None=None, # stored with it; None takes the one that the model was loaded with
     arch:str|None=None, # see origin
     model_args:dict|None=None, # see origin
     dtype:torch.dtype|None=None, # of the factors' values; None: 16 bits if exact, else their own
     rest:str='16bit', # how everything else is stored: 16bit or keep
-    overwrite:bool=False, # replace a folder that holds a saved model
 ) -> Path: # folder
     "Write `model` to `folder` as `model.safetensors` and `config.json`."
     if not factor_layers(model):
@@ -253,17 +259,17 @@ def write(
     tensors, about, error = _packed(model, fresh, dtype, rest)
     report = report or getattr(model, 'fips_config', {}).get('report')
     if error: report = (report or {}) | dict(rest_error=error)
-    with swap_in(folder, overwrite) as new:
-        path, description = new/'model.safetensors', new/'config.json'
-        write_tensors(path, tensors, format='pt')
-        head = dict(format=FORMAT, version=VERSION, fips_nb=__version__, **made)
-        check = dict(bytes=path.stat().st_size, sha256=_sha256(path))
-        config = head | check | about | dict(report=report)
-        description.write_text(json.dumps(config, indent=1, default=str) + '\n')
-        shutil.copymode(description, path)
+    folder.mkdir(parents=True, exist_ok=True)
+    path, description = folder/'model.safetensors', folder/'config.json'
+    write_tensors(path, tensors, format='pt')
+    head = dict(format=FORMAT, version=VERSION, fips_nb=__version__, **made)
+    check = dict(bytes=path.stat().st_size, sha256=_sha256(path))
+    config = head | check | about | dict(report=report)
+    description.write_text(json.dumps(config, indent=1, default=str) + '\n')
+    shutil.copymode(description, path)
     return folder
 
-# %% ../nbs/07a_timm_folders.ipynb #07-058
+# %% ../nbs/07a_timm_folders.ipynb #07a-c040
 def _check_file(path, config):
     "Refuse a weights file that is not the one `config` was written with."
     if not path.exists(): raise FileNotFoundError(f"{path.parent} has no {path.name}")
@@ -288,6 +294,7 @@ def _place(model, record, names):
         if f'{name}.bias' in names: f.bias = nn.Parameter(empty(f.out_features))
         model.set_submodule(name, f.eval())
 
+# %% ../nbs/07a_timm_folders.ipynb #07-058
 def _claims(model, config, names):
     "Names and shapes of all tensors that the file of `config` must hold."
     want = {}
@@ -333,25 +340,29 @@ def _fill_group(model, record, tensors):
         bias = model.get_submodule(l['name']).bias
         model.set_submodule(l['name'], FactorLinear(basis, V, l['role'], bias).eval())
 
-def _fill(model, tensors, tied):
-    "Put `tensors` into `model` by name as they are; tied names get one object."
+def _fill(model, tensors, tied, own):
+    "Put `tensors` into `model`, tied ones as one object; names in `own` may have any dtype."
     made = {}
     for k in (*tensors, *tied):
         t = tensors[tied.get(k, k)]
         if not torch.isfinite(t).all(): raise ValueError(f"tensor {k} holds NaN or infinity")
         path, _, name = k.rpartition('.')
         m = model.get_submodule(path)
+        old = m._buffers[name] if name in m._buffers else m._parameters[name]
+        real, free = old.is_floating_point(), tied.get(k, k) in own
+        if t.is_floating_point() != real or real and t.dtype != old.dtype and not free:
+            raise ValueError(f"tensor {k} is {dtype_name(t.dtype)} instead of "
+                             f"{dtype_name(old.dtype)}")
         if name in m._buffers:
             m._buffers[name] = t
             continue
-        old = m._parameters[name]
-        grad = t.is_floating_point() and (old is None or old.requires_grad)
+        grad = real and old.requires_grad
         m._parameters[name] = made.setdefault(tied.get(k, k), nn.Parameter(t, requires_grad=grad))
 
 # %% ../nbs/07a_timm_folders.ipynb #07-059
 def _widened(name, t, config):
     "The tensor as the model had it: rounded ones in its dtype, aligned, as sums depend on it."
-    rounded = config['rest'] == '16bit' and name not in config.get('own16', ())
+    rounded = config['rest'] == '16bit' and name not in config.get('own', ())
     if rounded and t.is_floating_point() and t.dtype.itemsize == 2:
         return t.to(dtype_named(config['dtype']))
     return t.clone()
@@ -376,6 +387,7 @@ def read(
             found = {k: tensors.pop(n).clone() for k,n in stored.items() if n in tensors}
             _fill_group(model, record, found)
         rest = {k: _widened(k, t, config) for k,t in tensors.items()}
-        _fill(model, rest, config['tied'])
+        own = rest if config['version'] == 1 else config.get('own', ())
+        _fill(model, rest, config['tied'], own)
     model.fips_config = config
     return model.to(device).eval()

@@ -30,9 +30,9 @@ from .schema import conform, parse_json
 from .sparse_factors import FactorLinear, factor_layers, to_dense
 from .pipeline import Compressed
 from .folder_format import FILES, VERSION, LayerGroupEntry, bounded_build, check_claims
-from .folder_format import check_finite, check_groups, check_nonzeros, check_rest, check_tables
-from .folder_format import check_target
-from .folder_format import check_version, group_record, in_order, layer_groups, linear_record
+from .folder_format import check_depth, check_finite, check_groups, check_nonzeros, check_rest
+from .folder_format import check_tables, check_target, check_version, dtype_name
+from .folder_format import group_record, in_order, layer_groups, linear_record
 from .folder_format import header, outside, pack_values, read_config, refusing, shard_files
 from .folder_format import store_rest, swap_in, unpack_values, value_dtype_of
 
@@ -252,12 +252,16 @@ class FipsQuantizer(HfQuantizer):
     ):
         super().__init__(quantization_config, **kwargs)
         self.values, self.device_map = None, None
-        self.linears, self.bases, self.shapes = {}, {}, {}
+        self.linears, self.bases, self.expected = {}, {}, {}
 
     def is_serializable(self): return True
 
     def validate_environment(self, *args, device_map=None, **kwargs):
         self.device_map = device_map if isinstance(device_map, dict) else None
+
+    def update_attn_implementation(self, config): # the first that is heard of the model
+        check_depth(config.to_dict(), 'config.json')
+        return super().update_attn_implementation(config)
 
     def place(self,
         name:str, # of a parameter
@@ -293,7 +297,8 @@ def _written_names(model):
     layers, tied = factor_layers(model), model.all_tied_weights_keys or {}
     ghosts = {k: torch.empty_like(t, device='meta')
               for k,t in outside(model.state_dict(), layers).items() if k not in tied}
-    ignored = [*(model._keys_to_ignore_on_save or ()), *(model._keys_to_ignore_on_load_missing or ())]
+    ignored = [*(model._keys_to_ignore_on_save or ()),
+               *(model._keys_to_ignore_on_load_missing or ())]
     names = revert_weight_conversion(model, ghosts)
     return [k for k in names if not any(re.search(p, k) for p in ignored)]
 
@@ -330,14 +335,17 @@ def _make_room(quantizer, model, checkpoint_files):
     guards = [f'^{re.escape(n)}\\.weight$' for n in quantizer.linears]
     ignored = model._keys_to_ignore_on_load_unexpected or ()
     model._keys_to_ignore_on_load_unexpected = {*ignored, *guards}
-    quantizer.shapes = {k: t.shape for k,t in model.state_dict().items()}
+    quantizer.expected = {k: (t.shape, t.is_floating_point()) for k,t in model.state_dict().items()}
 
 def _settled(quantizer, model):
     "Check the shapes, and leave a model of plain parameters."
     for k,t in model.state_dict().items():
-        if t.shape != quantizer.shapes.get(k, t.shape):
+        shape, real = quantizer.expected.get(k, (t.shape, t.is_floating_point()))
+        if t.shape != shape:
             raise ValueError(f"tensor {k} is {tuple(t.shape)} in the folder instead of "
-                             f"{tuple(quantizer.shapes[k])}")
+                             f"{tuple(shape)}")
+        if t.is_floating_point() != real:
+            raise ValueError(f"tensor {k} is {dtype_name(t.dtype)} in the folder")
     ours = lambda c: any(isinstance(o, UnpackV) for o in getattr(c, 'operations', ()))
     conversions = model._weight_conversions or ()
     model._weight_conversions = [c for c in conversions if not ours(c)] # they have no reverse
@@ -431,17 +439,17 @@ def attach(
 # %% ../nbs/07b_transformers_folders.ipynb #10-036
 def write(
     model, # factorised transformers model
-    folder:Path, # checked by check_target
+    folder:Path, # new, or empty
     report:dict|None=None, # stored with it
     dtype:torch.dtype|None=None, # of the factors' values, see attach
     rest:str='16bit', # how everything else is stored, see attach
     tokenizer=None, # saved beside it
     max_shard_size:int|str='50GB', # larger models are split into several files
-    overwrite:bool=False, # replace a folder that holds a saved model
 ) -> Path: # folder
     "Write `model` to `folder` with its own `save_pretrained`."
     attach(model, report, dtype, rest)
-    with swap_in(folder, overwrite) as new: _write(model, new, tokenizer, max_shard_size)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(model, folder, tokenizer, max_shard_size)
     return folder
 
 def _write(model, new, tokenizer, max_shard_size):
