@@ -536,7 +536,7 @@ def check_tables(
 
 # %% ../nbs/07_folder_format.ipynb #07-c054
 _MISFITS = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, AssertionError,
-            OverflowError, SafetensorError, StrictDataclassError) # a RecursionError is a RuntimeError
+            OverflowError, SafetensorError, StrictDataclassError) # RuntimeError: RecursionError too
 
 @contextmanager
 def refusing(

@@ -239,6 +239,11 @@ class TwoFour(Dense):
 _ORDER = torch.tensor([0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27,
                        4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31])
 
+def _tiles(starts):
+    "The tile of each step, from the first step of each tile."
+    tile = torch.arange(len(starts) - 1, device=starts.device)
+    return torch.repeat_interleave(tile, starts.long().diff())
+
 # %% ../nbs/04_sparse_kernels.ipynb #04-014
 class Tiles(Dense):
     "Tiles of 32 rows x 64 columns: values and column bytes (steps, 32), first step of each tile."
@@ -259,18 +264,13 @@ class Tiles(Dense):
         c[step,_ORDER.to(dev)[l]] = z.to(torch.uint8)
         self._keep(values=v, columns=c, starts=starts)
 
-    def _tiles(self):
-        "The tile of each step."
-        tile = torch.arange(len(self.starts) - 1, device=self.starts.device)
-        return torch.repeat_interleave(tile, self.starts.long().diff())
-
     def check(self):
         o,i = self.shape
         G,T = -(-o//32), -(-i//64)
         _expect(self, 'values', (len(self.values), 32))
         _expect(self, 'columns', self.values.shape)
         _check_starts(self, G*T)
-        width = (i - 64*(self._tiles()%max(T, 1))).clamp(max=64)[:,None] # of each step's tile
+        width = (i - 64*(_tiles(self.starts)%max(T, 1))).clamp(max=64)[:,None] # of each step's tile
         if ((self.columns >= width) & (self.columns != 255)).any():
             raise ValueError(f"columns of a Tiles lie outside its {i} columns")
 
@@ -280,7 +280,7 @@ class Tiles(Dense):
         G,T = -(-o//32), -(-i//64)
         c = self.columns[:,_ORDER.to(dev)]
         step,l = (c != 255).nonzero(as_tuple=True)
-        tile = self._tiles()[step]
+        tile = _tiles(self.starts)[step]
         B = torch.zeros(G*32, T*64, dtype=self.dtype, device=dev)
         row,col = tile//max(T, 1)*32 + l, tile%max(T, 1)*64 + c[step,l].long()
         B[row,col] = self.values[step,l].to(self.dtype)
@@ -344,7 +344,7 @@ def device_name(
     if torch.device(device).type == 'cuda': return torch.cuda.get_device_name(device)
     return _cpu_info()[0]
 
-# %% ../nbs/04_sparse_kernels.ipynb #04-023
+# %% ../nbs/04_sparse_kernels.ipynb #04-c061
 _FLAGS = ['-std=c++17', '-O3', '-march=native', '-shared', '-fPIC', '-w']
 
 def _compilers():
@@ -362,6 +362,7 @@ def _compile(cmd, cpp, new):
     except (OSError, subprocess.SubprocessError) as e:
         return f"{' '.join(cmd)}: {(getattr(e, 'stderr', None) or str(e)).strip()[:200]}"
 
+# %% ../nbs/04_sparse_kernels.ipynb #04-023
 def _digest(path):
     "SHA-256 of a file."
     return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -269,7 +269,7 @@ def write(
     shutil.copymode(description, path)
     return folder
 
-# %% ../nbs/07a_timm_folders.ipynb #07a-c040
+# %% ../nbs/07a_timm_folders.ipynb #416f6d9b
 def _check_file(path, config):
     "Refuse a weights file that is not the one `config` was written with."
     if not path.exists(): raise FileNotFoundError(f"{path.parent} has no {path.name}")

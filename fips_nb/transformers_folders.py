@@ -30,8 +30,8 @@ from .schema import conform, parse_json
 from .sparse_factors import FactorLinear, factor_layers, to_dense
 from .pipeline import Compressed
 from .folder_format import FILES, VERSION, LayerGroupEntry, bounded_build, check_claims
-from .folder_format import check_depth, check_finite, check_groups, check_nonzeros, check_rest
-from .folder_format import check_tables, check_target, check_version, dtype_name
+from .folder_format import check_depth, check_finite, check_groups, check_nonzeros
+from .folder_format import check_rest, check_tables, check_target, check_version, dtype_name
 from .folder_format import group_record, in_order, layer_groups, linear_record
 from .folder_format import header, outside, pack_values, read_config, refusing, shard_files
 from .folder_format import store_rest, swap_in, unpack_values, value_dtype_of
@@ -233,7 +233,8 @@ class FipsConfig(QuantizationConfigMixin):
         note:str='', # for those who read config.json
     ):
         check_version(version, 'config.json')
-        conform(list(groups), list[LayerGroupEntry], 'the records of config.json')
+        groups = list(groups) if isinstance(groups, tuple) else groups # of JSON, or the default
+        conform(groups, list[LayerGroupEntry], 'the records of config.json')
         check_groups(groups, 'the records of config.json')
         self.note = NOTE
         self.quant_method, self.version, self.fips_nb = quant_method, version, fips_nb
@@ -255,7 +256,6 @@ class FipsQuantizer(HfQuantizer):
         self.linears, self.bases, self.expected = {}, {}, {}
 
     def is_serializable(self): return True
-
     def validate_environment(self, *args, device_map=None, **kwargs):
         self.device_map = device_map if isinstance(device_map, dict) else None
 
@@ -285,9 +285,7 @@ class FipsQuantizer(HfQuantizer):
         _make_room(self, model, checkpoint_files)
 
     def _process_model_after_weight_loading(self, model, **kwargs): return _settled(self, model)
-
     def _dequantize(self, model, dtype=None): return _multiplied_out(model, dtype)
-
     def get_state_dict_and_metadata(self, model): return _packed_state(self, model)
 
 # %% ../nbs/07b_transformers_folders.ipynb #07b-c031
