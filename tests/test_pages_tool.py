@@ -4,7 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tools.pages import tidy, tidy_signatures  # noqa: E402
+from tools.pages import mend_links, tidy, tidy_signatures  # noqa: E402
 
 RAW = """### Thing
 
@@ -28,3 +28,15 @@ def test_a_class_reads_as_a_class_and_prose_keeps_its_links():
 
 def test_functions_stay_functions():
     assert tidy("```python\ndef f(\n    x, # any\n)->None:\n```") == "```python\ndef f(\n    x, # any\n)->None:\n```"
+
+
+def test_links_lead_to_the_function_that_the_page_means():
+    site = "https://example.org/"
+    known = dict(fit=dict(a="a.html#fit", b="b.html#fit"), save=dict(hub="hub.html#save", a="a.html#save"),
+                 once=dict(a="a.html#once"))
+    link = lambda name, page: f"[`{name}`]({site}{page}.html#{name})"
+    assert mend_links(link("fit", "b"), "a", known) == link("fit", "a") # its own
+    assert mend_links(link("save", "a"), "b", known) == link("save", "hub") # what the package exports
+    assert mend_links(link("fit", "b"), "c", known) == "`fit`" # nobody knows which
+    assert mend_links(link("once", "a"), "c", known) == link("once", "a")
+    assert mend_links(f"[{link('once', 'a')}](z.ipynb)", "a", known) == "[`once`](z.ipynb)"

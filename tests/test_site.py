@@ -102,3 +102,9 @@ def test_every_class_is_shown_as_a_class(pages):
         for kind, text in cells:
             m = re.search(r"def ([A-Z]\w+)\s*\([^)]*\)\s*->\s*None", text) if kind.startswith("text/") else None
             assert not m, f"{name}: the class {m[1]} shows as a function"
+
+
+def test_no_link_inside_a_link(pages):
+    found = [(name, m[0]) for name, cells in pages.items() for kind, text in cells if kind == "markdown"
+             for m in re.finditer(r"\[[^\]\n]*\[[^\]\n]*\]\([^)\n]*\)[^\]\n]*\]\([^)\n]*\)", without_code(text))]
+    assert not found, f"{found[:3]}: leave the brackets out, nbdev links the name"
