@@ -69,22 +69,28 @@ def hostile_value(r, old):
                             "somebody/kernels", "LlamaModel", "vit_giant_patch14_224", deep])
 
 
+def copied(x):
+    "A copy of a JSON value; one that is too deep for that is shared."
+    try: return copy.deepcopy(x)
+    except RecursionError: return x
+
+
 def change_json(r, value):
     "One to three places of a JSON value changed."
-    value = copy.deepcopy(value)
+    value = copied(value)
     for _ in range(r.choice((1, 1, 1, 2, 3))):
         path = r.choice([p for p in json_paths(value) if p])
         where = value
         for k in path[:-1]: where = where[k]
         k, way = path[-1], r.randrange(10)
         if way == 0: del where[k]
-        elif way == 1 and isinstance(where, list): where.insert(k, copy.deepcopy(where[k]))
+        elif way == 1 and isinstance(where, list): where.insert(k, copied(where[k]))
         elif way == 2 and isinstance(where, dict): where[r.choice(("auto_map", "attn_implementation", "x", "depth"))] = where[k]
         elif way == 3: # two places change their values
             other = r.choice([p for p in json_paths(value) if p])
             there = value
             for j in other[:-1]: there = there[j]
-            try: where[k], there[other[-1]] = copy.deepcopy(there[other[-1]]), copy.deepcopy(where[k])
+            try: where[k], there[other[-1]] = copied(there[other[-1]]), copied(where[k])
             except (KeyError, IndexError, TypeError): pass
         else: where[k] = hostile_value(r, where[k])
         if not isinstance(value, (dict, list)) or not value: break
@@ -299,7 +305,7 @@ def forked(work, seconds):
 CHUNK = 25 # cases for each child
 
 
-def in_chunks(one, seeds):
+def in_chunks(one, seeds, progress=False):
     "Results of `one(seed)` for all seeds, in children that may die; a child that dies is looked at case by case."
     out = []
     for i in range(0, len(seeds), CHUNK):
@@ -311,6 +317,7 @@ def in_chunks(one, seeds):
                 said = forked(lambda: [one(s)], 60)
                 got += [("?", "?", f"{said}, seed {s}", 0, 0.)] if isinstance(said, str) else said
         out += got
+        if progress and i//CHUNK%40 == 0: print(f"{i:7} of {len(seeds)}", file=sys.stderr)
     return out
 
 
@@ -327,7 +334,7 @@ def fuzz(n, seed, root):
             return peak()[1] - before
         usual[k] = forked(load, 60)
     seeds = range(seed*10**7, seed*10**7 + n)
-    got = in_chunks(one, seeds)
+    got = in_chunks(one, seeds, progress=True)
     file = root/"plan.json"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
