@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['REST', 'FORMAT', 'VERSION', 'FILES', 'Dtype', 'Order', 'Codec', 'WIDEST', 'ATTENTION', 'DEEPEST', 'SPARE',
-           'pack_mask', 'unpack_mask', 'pack_values', 'unpack_values', 'layer_groups', 'value_dtype_of', 'check_finite',
-           'dtype_name', 'dtype_named', 'memory_order', 'in_order', 'linear_record', 'group_record', 'rounding_error',
-           'narrow', 'outside', 'main_dtype', 'check_rest', 'store_rest', 'round_rest', 'of_transformers', 'is_ours',
-           'check_target', 'swap_in', 'LinearEntry', 'GroupPart', 'GroupEntry', 'LayerEntry', 'LayerGroupEntry',
-           'check_groups', 'check_depth', 'check_plain', 'check_version', 'read_config', 'header', 'check_claims',
-           'check_nonzeros', 'bounded_build', 'check_tables', 'refusing', 'shard_files', 'folder_bytes', 'file_parts',
-           'dense_bytes']
+           'pack_mask', 'unpack_mask', 'pack_values', 'unpack_values', 'layer_groups', 'value_dtype_of', 'all_finite',
+           'check_finite', 'dtype_name', 'dtype_named', 'memory_order', 'in_order', 'linear_record', 'group_record',
+           'rounding_error', 'narrow', 'outside', 'main_dtype', 'check_rest', 'store_rest', 'round_rest',
+           'of_transformers', 'is_ours', 'check_target', 'swap_in', 'LinearEntry', 'GroupPart', 'GroupEntry',
+           'LayerEntry', 'LayerGroupEntry', 'check_groups', 'check_depth', 'check_plain', 'check_version',
+           'read_config', 'header', 'check_claims', 'check_nonzeros', 'bounded_build', 'check_tables', 'refusing',
+           'shard_files', 'folder_bytes', 'file_parts', 'dense_bytes']
 
 # %% ../nbs/07_folder_format.ipynb #07-003
 import math
@@ -145,13 +145,21 @@ def value_dtype_of(
     return ps[0].dtype
 
 # %% ../nbs/07_folder_format.ipynb #07-c019
+def all_finite(
+    t:torch.Tensor, # any dtype
+) -> bool:
+    "Whether `t` holds neither NaN nor infinity; a finite sum says so in one pass."
+    if not t.is_floating_point(): return True
+    wide = torch.float32 if t.dtype.itemsize < 4 else t.dtype
+    return bool(t.sum(dtype=wide).isfinite() or torch.isfinite(t).all())
+
 def check_finite(
     tensors:dict, # name -> tensor, as they will be stored
     name:str, # of the layer, for errors
     dtype:torch.dtype, # of the stored values, for errors
 ):
     "Refuse values that are not finite."
-    if bad := [k for k,t in tensors.items() if not torch.isfinite(t).all()]:
+    if bad := [k for k,t in tensors.items() if not all_finite(t)]:
         raise ValueError(f"{bad[0]} of {name} holds values that are not finite in {dtype}")
 
 def dtype_name(
@@ -529,8 +537,8 @@ def check_tables(
     nbytes:int, # of the files that fill it
 ):
     "Refuse a model whose computed tables would take far more memory than its files."
-    kept = model.state_dict()
-    size = sum(b.nbytes for k,b in model.named_buffers() if k not in kept)
+    size = sum(b.nbytes for m in model.modules() for k,b in m._buffers.items()
+               if b is not None and k in m._non_persistent_buffers_set)
     if size > nbytes + SPARE:
         raise ValueError(f"its tables take {size:,} bytes, and its files {nbytes:,}")
 

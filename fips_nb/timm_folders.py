@@ -16,10 +16,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from . import __version__
 from .sparse_factors import FactorLinear, factor_layers
 from .state import read_meta, write_tensors
-from .folder_format import FORMAT, VERSION, bounded_build, check_claims, check_finite
+from .folder_format import FORMAT, VERSION, all_finite, bounded_build, check_claims
+from .folder_format import check_finite
 from .folder_format import check_nonzeros, check_tables, dtype_name, dtype_named, header
 from .folder_format import group_record, in_order, layer_groups, linear_record, main_dtype
 from .folder_format import outside, pack_values, refusing, store_rest, swap_in, unpack_values
@@ -101,6 +103,16 @@ def _make(arch, args, cfg):
     return timm.models.VisionTransformer(**json.loads(demo) | args)
 
 # %% ../nbs/07a_timm_folders.ipynb #07a-c030
+_FILLS = {'add_', 'clamp_', 'copy_', 'erfinv_', 'fill_', 'mul_', 'normal_', 'uniform_', 'zero_'}
+
+class _Unfilled(TorchFunctionMode):
+    "Skip the initialisation of weights that have no memory, which takes longer than making them."
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        at = args[0] if args else None
+        fills = torch.is_tensor(at) and getattr(func, '__name__', '') in _FILLS
+        if fills and at.is_meta: return at
+        return func(*args, **(kwargs or {}))
+
 def build(
     origin:dict, # arch, num_classes, model_args, pretrained_cfg
     device='cpu', # where; on 'meta' it has shapes and no memory
@@ -112,7 +124,8 @@ def build(
            for k,v in origin['pretrained_cfg'].items() if k in _CFG}
     args = dict(origin['model_args'], num_classes=origin['num_classes'])
     try:
-        with torch.random.fork_rng(devices=[]), torch.device(device): model = _make(arch, args, cfg)
+        with torch.random.fork_rng(devices=[]), torch.device(device), _Unfilled():
+            model = _make(arch, args, cfg)
     except TypeError as e:
         raise ValueError(f"{arch!r} cannot be made with these model_args: {e}") from None
     own = getattr(model, 'pretrained_cfg', None) or {}
@@ -305,7 +318,7 @@ def _claims(model, config, names):
         if not dense: want[f'fips.{i}.mask'] = None
         if g['r']: want[f'fips.{i}.U'] = (g['d'], g['r'])
     extra = {k: b for k,b in model.named_buffers() if k in names}
-    rest = outside(model.state_dict(), factor_layers(model)) | extra
+    rest = outside(model.state_dict(keep_vars=True), factor_layers(model)) | extra
     tied = config['tied']
     for k,v in tied.items():
         if k not in rest or v not in rest or v in tied or rest[k].shape != rest[v].shape:
@@ -345,7 +358,7 @@ def _fill(model, tensors, tied, own):
     made = {}
     for k in (*tensors, *tied):
         t = tensors[tied.get(k, k)]
-        if not torch.isfinite(t).all(): raise ValueError(f"tensor {k} holds NaN or infinity")
+        if not all_finite(t): raise ValueError(f"tensor {k} holds NaN or infinity")
         path, _, name = k.rpartition('.')
         m = model.get_submodule(path)
         old = m._buffers[name] if name in m._buffers else m._parameters[name]

@@ -29,8 +29,8 @@ from .grouping import linear_size
 from .schema import conform, parse_json
 from .sparse_factors import FactorLinear, factor_layers, to_dense
 from .pipeline import Compressed
-from .folder_format import FILES, VERSION, LayerGroupEntry, bounded_build, check_claims
-from .folder_format import check_depth, check_finite, check_groups, check_nonzeros
+from .folder_format import FILES, VERSION, LayerGroupEntry, all_finite, bounded_build
+from .folder_format import check_claims, check_depth, check_finite, check_groups, check_nonzeros
 from .folder_format import check_rest, check_tables, check_target, check_version, dtype_name
 from .folder_format import group_record, in_order, layer_groups, linear_record
 from .folder_format import header, outside, pack_values, read_config, refusing, shard_files
@@ -94,7 +94,7 @@ def _read_shard(path):
                 if k in sums and checksum(t) != sums[k]:
                     raise ValueError(f"tensor {k} was altered: its checksum is not the one it "
                                      "was written with")
-                if not torch.isfinite(t).all(): raise ValueError(f"{k} holds NaN or infinity")
+                if not all_finite(t): raise ValueError(f"{k} holds NaN or infinity")
     except OSError as e: raise ValueError(f"{what}: {e}") from None
     return shapes, sums
 
@@ -200,7 +200,7 @@ class UnpackV(ConversionOps):
                    for k,t in input_dict.items()}
         dtype = model.get_parameter(full_layer_name).dtype
         V = unpack_values(l['codec'], tensors, l['shape'][0]*l['shape'][1], dtype, name)
-        check_nonzeros(V, l)
+        check_nonzeros(tensors['V'], l) # other entries of V are zeros
         return {full_layer_name: in_order(V.view(l['shape']), l['order'])}
 
 class ShareU(UnpackV):
@@ -293,8 +293,8 @@ def _written_names(model):
     "Names under which `save_pretrained` would write what `model` holds beside its factors."
     from transformers.core_model_loading import revert_weight_conversion
     layers, tied = factor_layers(model), model.all_tied_weights_keys or {}
-    ghosts = {k: torch.empty_like(t, device='meta')
-              for k,t in outside(model.state_dict(), layers).items() if k not in tied}
+    state = outside(model.state_dict(keep_vars=True), layers)
+    ghosts = {k: torch.empty_like(t, device='meta') for k,t in state.items() if k not in tied}
     ignored = [*(model._keys_to_ignore_on_save or ()),
                *(model._keys_to_ignore_on_load_missing or ())]
     names = revert_weight_conversion(model, ghosts)
@@ -333,11 +333,12 @@ def _make_room(quantizer, model, checkpoint_files):
     guards = [f'^{re.escape(n)}\\.weight$' for n in quantizer.linears]
     ignored = model._keys_to_ignore_on_load_unexpected or ()
     model._keys_to_ignore_on_load_unexpected = {*ignored, *guards}
-    quantizer.expected = {k: (t.shape, t.is_floating_point()) for k,t in model.state_dict().items()}
+    quantizer.expected = {k: (t.shape, t.is_floating_point())
+                          for k,t in model.state_dict(keep_vars=True).items()}
 
 def _settled(quantizer, model):
     "Check the shapes, and leave a model of plain parameters."
-    for k,t in model.state_dict().items():
+    for k,t in model.state_dict(keep_vars=True).items():
         shape, real = quantizer.expected.get(k, (t.shape, t.is_floating_point()))
         if t.shape != shape:
             raise ValueError(f"tensor {k} is {tuple(t.shape)} in the folder instead of "
