@@ -60,7 +60,7 @@ def triangular(
     return order, torch.linalg.cholesky(A).float()
 
 def sweep(
-    W:torch.Tensor, # weight (out, in), inputs in the order of `M`
+    W:torch.Tensor, # weight (out, in), inputs in the order of M
     M:torch.Tensor, # lower triangular (in, in)
     choose:Callable, # (input, targets (out,)) -> rounded weights (out,)
     block:int=64, # inputs between two products with the rest
@@ -162,7 +162,7 @@ def round_weight(
     alpha:float, # error left in every coordinate, in units of W times inputs
     weighed:bool=True, # weigh error against length, in a second sweep
 ) -> Codes:
-    "Round a weight with error feedback to integers that cost few bits (GPTQ's and WaterSIC's rule)."
+    "Round a weight with error feedback to integers of few bits (GPTQ's and WaterSIC's rule)."
     if C.shape != (W.shape[1],)*2:
         raise ValueError(f"a weight of {tuple(W.shape)} needs a second moment of its "
                          f"{W.shape[1]} inputs, not {tuple(C.shape)}")

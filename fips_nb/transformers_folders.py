@@ -30,8 +30,9 @@ from .schema import conform, parse_json
 from .sparse_factors import FactorLinear, factor_layers, to_dense
 from .pipeline import Compressed
 from .folder_format import FILES, VERSION, LayerGroupEntry, all_finite, bounded_build
-from .folder_format import check_claims, check_depth, check_finite, check_groups, check_nonzeros
-from .folder_format import check_rest, check_tables, check_target, check_version, dtype_name
+from .folder_format import check_claims, check_depth, check_finite, check_groups
+from .folder_format import check_nonzeros, check_rest, check_tables
+from .folder_format import check_target, check_version, dtype_name
 from .folder_format import group_record, in_order, layer_groups, linear_record
 from .folder_format import header, outside, pack_values, read_config, refusing, shard_files
 from .folder_format import store_rest, swap_in, unpack_values, value_dtype_of
