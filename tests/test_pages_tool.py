@@ -4,7 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tools.pages import mend_links, tidy, tidy_signatures  # noqa: E402
+from tools.pages import MendLinks, mend_links, tidy, tidy_signatures  # noqa: E402
 
 RAW = """### Thing
 
@@ -40,3 +40,12 @@ def test_links_lead_to_the_function_that_the_page_means():
     assert mend_links(link("fit", "b"), "c", known) == "`fit`" # nobody knows which
     assert mend_links(link("once", "a"), "c", known) == link("once", "a")
     assert mend_links(f"[{link('once', 'a')}](z.ipynb)", "a", known) == "[`once`](z.ipynb)"
+
+
+def test_the_page_is_known_though_its_first_cell_is_gone():
+    first = SimpleNamespace(directives_={"default_exp": ["llm_experiments"]})
+    proc = MendLinks(SimpleNamespace(cells=[first]))
+    proc.nb.cells.clear() # as nbdev does before this processor has its turn
+    cell = SimpleNamespace(cell_type="markdown", source="[`measure`](https://example.org/pipeline.html#measure)")
+    proc.cell(cell)
+    assert cell.source == "[`measure`](https://example.org/llm_experiments.html#measure)"

@@ -51,8 +51,9 @@ def mend_links(text, module, known):
 
 class MendLinks(Processor):
     "Mend the links that nbdev makes of names in the prose of a page."
-    def begin(self):
-        lines = [l for c in self.nb.cells for l in c.directives_.get("default_exp", [])] if self.nb.cells else []
+    def __init__(self, nb):
+        super().__init__(nb) # before other processors take the cell with the module's name away
+        lines = [l for c in nb.cells for l in c.directives_.get("default_exp", [])]
         self.module, self.known = (lines or [""])[0], homes()
 
     def cell(self, cell):
