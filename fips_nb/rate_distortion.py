@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 import torch
 
-# %% ../nbs/02d_rate_distortion.ipynb #02d-c008
+# %% ../nbs/02d_rate_distortion.ipynb #02d-c040
 def _level(spectrum, low_enough):
     "The highest water level, as a logarithm, for which `low_enough` holds."
     low, high = math.log(spectrum.min().item()) - 50, math.log(spectrum.max().item())
@@ -36,6 +36,7 @@ def least_error(
     t = _level(s, lambda t: (.5*(s/t).log2()).clamp(min=0).mean() >= rate)
     return s.clamp(max=t).sum().item()
 
+# %% ../nbs/02d_rate_distortion.ipynb #02d-c008
 def least_rate(
     C:torch.Tensor, # metric of the inputs (in, in)
     variance:float, # of the weights
@@ -46,7 +47,7 @@ def least_rate(
     t = _level(s, lambda t: s.clamp(max=t).sum() <= error)
     return (.5*(s/t).log2()).clamp(min=0).mean().item()
 
-# %% ../nbs/02d_rate_distortion.ipynb #02d-c012
+# %% ../nbs/02d_rate_distortion.ipynb #02d-c041
 def triangular(
     C:torch.Tensor, # second moment of the inputs (in, in)
     damp:float=1e-3, # multiple of the mean power that is added to every input's
@@ -59,6 +60,7 @@ def triangular(
     A.diagonal().add_(damp*power if power > 0 else 1.)
     return order, torch.linalg.cholesky(A).float()
 
+# %% ../nbs/02d_rate_distortion.ipynb #02d-c012
 def sweep(
     W:torch.Tensor, # weight (out, in), inputs in the order of M
     M:torch.Tensor, # lower triangular (in, in)
@@ -77,7 +79,7 @@ def sweep(
         ahead[:,:start] += E[:,start:end]@N[start:end,:start]
     return E
 
-# %% ../nbs/02d_rate_distortion.ipynb #02d-c016
+# %% ../nbs/02d_rate_distortion.ipynb #02d-c042
 _SHAPES = torch.linspace(.4, 2.6, 23, dtype=torch.float64) # beta
 _SCALES = 2**torch.linspace(-6, 10, 129, dtype=torch.float64) # a
 SPAN = 255 # largest code of a table; what lies beyond is escaped
@@ -100,6 +102,7 @@ def fit_table(
     bits = _lengths().flatten(0, 1)
     return bits[(bits@counts.float()).argmin()]
 
+# %% ../nbs/02d_rate_distortion.ipynb #02d-c016
 def magnitudes(
     codes:torch.Tensor, # integers, any shape
 ) -> torch.Tensor: # counts (SPAN + 1,)
@@ -140,7 +143,7 @@ class Codes:
         "Bits per weight."
         return self.bits()/self.codes.numel()
 
-# %% ../nbs/02d_rate_distortion.ipynb #02d-c021
+# %% ../nbs/02d_rate_distortion.ipynb #02d-c043
 def _chooser(steps, classes, lengths):
     "A function for `sweep` that weighs the error of a code against its length, and writes it down."
     codes = {}
@@ -156,6 +159,7 @@ def _chooser(steps, classes, lengths):
         return q*steps[i]
     return choose, codes
 
+# %% ../nbs/02d_rate_distortion.ipynb #02d-c021
 def round_weight(
     W:torch.Tensor, # weight (out, in)
     C:torch.Tensor, # second moment of its inputs (in, in)
