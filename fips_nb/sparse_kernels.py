@@ -215,43 +215,18 @@ class TwoFour(Dense):
         return A.scatter_(2, at, self.values.to(self.dtype).unflatten(1, (-1, 2))).flatten(1)
 
     def _on_gpu(self, dtype):
-        "PyTorch's representation, which replaces ours where it holds the same values."
-        if self._semi is None:
-            A = self.dense()
-            if not torch.equal(A.to(dtype).to(A.dtype), A):
-                raise ValueError(f"{dtype} does not hold the values exactly")
-            with warnings.catch_warnings():
-                warnings.filterwarnings('ignore', 'The PyTorch API of SparseSemiStructured')
-                self._semi = torch.sparse.to_sparse_semi_structured(A.to(dtype))
+        "PyTorch's representation, which replaces ours."
+        if self._semi is None or self._semi.dtype != dtype:
+            self._semi = torch.sparse.to_sparse_semi_structured(self.dense().to(dtype))
             self.values = self.values[:0]
             self.positions = self.positions[:0]
-        if self._semi.dtype != dtype: raise ValueError(f"the matrix is held in {self._semi.dtype}")
         return self._semi
-
-    def _ours(self):
-        "Take our tensors instead of PyTorch's, which can be neither copied nor moved."
-        if self._semi is None: return
-        A,self._semi = self._dense().to(self.values.dtype), None
-        self._pack(A)
-
-    def _apply(self, *args, **kwargs):
-        self._ours()
-        return super()._apply(*args, **kwargs)
-    def _save_to_state_dict(self, *args):
-        self._ours()
-        super()._save_to_state_dict(*args)
-    def _load_from_state_dict(self, *args):
-        self._ours()
-        super()._load_from_state_dict(*args)
-    def __getstate__(self): # copies and pickles
-        self._ours()
-        return self.__dict__.copy()
 
     def forward(self, x, bias=None):
         if not x.is_cuda: return super().forward(x, bias)
         try: return F.linear(x, self._on_gpu(x.dtype), bias)
         except (RuntimeError, NotImplementedError, ValueError) as e:
-            _say(f"no 2:4 product for {x.dtype} and a matrix {self.shape} on this GPU, "
+            _say(f"no 2:4 product for {x.dtype} {tuple(x.shape)} x {self.shape} on this GPU, "
                  f"so this layer runs dense: {str(e).splitlines()[0]}")
             return super().forward(x, bias)
 
@@ -495,49 +470,29 @@ def _cpu(P, name, starts, k, x, bias=None):
 # %% ../nbs/04_sparse_kernels.ipynb #04-031
 @functools.cache
 def _triton_kernel():
-    "The Triton kernels of `Condensed`: one that turns several rows of `x`, and the product."
+    "The Triton kernel of `Condensed`, compiled for up to `K` entries of `R` rows at a time."
     global tl # the compiler of Triton looks for it there
     import triton, triton.language as tl
     @triton.jit
-    def turn(x, t, s, cols, N: tl.constexpr, K: tl.constexpr):
-        n = tl.program_id(0) # x (n, cols) becomes t (cols, N); s is zero, or NaN
-        acc = tl.zeros((K,), tl.float32)
-        for i0 in range(0, cols, K):
-            z = i0 + tl.arange(0, K)
-            a = tl.load(x + n*cols + z, z < cols, 0.)
-            tl.store(t + z*N + n, a, z < cols)
-            acc += a.to(tl.float32)*0.
-        tl.store(s + n, tl.sum(acc, 0))
-    @triton.jit
-    def condensed(v, c, t, s, b, y, rows, k, cols, n,
-                  R: tl.constexpr, K: tl.constexpr, N: tl.constexpr, BIAS: tl.constexpr):
+    def condensed(v, c, x, b, y, rows, k, cols, xs, ys,
+                  R: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr):
         r = tl.program_id(0)*R + tl.arange(0, R)
-        j = tl.arange(0, N)
-        acc = tl.zeros((R, K, N), tl.float32)
+        x += tl.program_id(1)*xs
+        acc = tl.zeros((R, K), tl.float32)
+        poison = tl.zeros((K,), tl.float32)
         for k0 in range(0, k, K):
             e = k0 + tl.arange(0, K)
             m = (r < rows)[:,None] & (e < k)[None,:]
             at = r.to(tl.int64)[:,None]*k + e[None,:]
             i = tl.load(c + at, m, 0).to(tl.int32) & 0xffff
-            w = tl.load(v + at, m, 0.).to(tl.float32)
-            x = tl.load(t + i[:,:,None]*N + j[None,None,:], m[:,:,None], 0.).to(tl.float32)
-            acc += w[:,:,None]*x
-        out = tl.sum(acc, 1) # (R, N)
-        if N == 1: # NaN and infinity reach every output
-            poison = tl.zeros((K,), tl.float32)
-            for i0 in range(0, cols, K):
-                z = i0 + tl.arange(0, K)
-                poison += tl.load(t + z, z < cols, 0.).to(tl.float32)*0.
-            out += tl.sum(poison, 0)
-        else: out += tl.load(s + j, j < n, 0.)[None,:]
-        if BIAS: out += tl.load(b + r, r < rows, 0.).to(tl.float32)[:,None]
-        here = (r < rows)[:,None] & (j < n)[None,:]
-        tl.store(y + j[None,:]*rows + r[:,None], out.to(y.dtype.element_ty), here)
-    return turn, condensed
-
-_ROWS = 16 # rows of inputs that the kernel takes at most
-_TILE = {1: (4, 256, 4)} # rows of inputs -> rows and entries of a program, and its warps
-_TILES = (1, 64, 4) # for more rows
+            acc += tl.load(v + at, m, 0.).to(tl.float32)*tl.load(x + i, m, 0.).to(tl.float32)
+        for i0 in range(0, cols, K): # NaN and infinity reach every output
+            z = i0 + tl.arange(0, K)
+            poison += tl.load(x + z, z < cols, 0.).to(tl.float32)*0.
+        s = tl.sum(acc, 1) + tl.sum(poison, 0)
+        if BIAS: s += tl.load(b + r, r < rows, 0.).to(tl.float32)
+        tl.store(y + tl.program_id(1)*ys + r, s.to(y.dtype.element_ty), r < rows)
+    return condensed
 
 # %% ../nbs/04_sparse_kernels.ipynb #04-c034
 def _triton(P, x, bias=None):
@@ -546,22 +501,16 @@ def _triton(P, x, bias=None):
     n,i = x.numel()//max(x.shape[-1], 1), P.shape[1]
     o,k = P.values.shape
     if n == 0 or o == 0: return None
-    if n > _ROWS or x.dtype not in _CODE:
-        return _say(f"the Triton kernel takes up to {_ROWS} rows of a 16- or 32-bit type; "
-                    "for others condensed layers run dense")
-    try: turn,product = _triton_kernel()
+    if n > 16 or x.dtype not in _CODE:
+        return _say("the Triton kernel takes up to 16 rows of a 16- or 32-bit type; "
+                    f"for {n} rows of {x.dtype} these layers run dense")
+    try: kernel = _triton_kernel()
     except ImportError as e: return _say(f"no Triton ({e}), so condensed layers run dense")
     x2 = x.reshape(n, i).contiguous()
     y = torch.empty(n, o, dtype=x.dtype, device=x.device)
-    N = 1 << (n - 1).bit_length()
-    R,K,W = _TILE.get(N, _TILES)
-    t,s = x2,y
-    if n > 1:
-        t = torch.empty(i, N, dtype=x.dtype, device=x.device)
-        s = torch.empty(n, dtype=torch.float32, device=x.device)
-        turn[(n,)](x2, t, s, i, N=N, K=2048)
-    product[(-(-o//R),)](P.values, P.columns, t, s, y if bias is None else bias, y, o, k, i, n,
-                         R=R, K=K, N=N, BIAS=bias is not None, num_warps=W)
+    R = 4
+    kernel[(-(-o//R), n)](P.values, P.columns, x2, y if bias is None else bias, y, o, k, i, i, o,
+                          R=R, K=256 if k > 128 else 128, BIAS=bias is not None)
     return y.view(*x.shape[:-1], o)
 
 # %% ../nbs/04_sparse_kernels.ipynb #04-043
