@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'value_dtype', 'Dense', 'Csr', 'Condensed', 'TwoFour', 'Tiles', 'format_bytes', 'floor', 'device_name',
-           'kernels', 'stopwatch', 'speedups']
+           'library', 'kernels', 'stopwatch', 'speedups']
 
 # %% ../nbs/04_sparse_kernels.ipynb #04-003
 import ctypes, functools, hashlib, importlib.util, os, platform, shutil, statistics, subprocess, sys
@@ -402,7 +402,7 @@ def _build(source, folder):
 _lock = threading.Lock()
 
 @functools.cache
-def _load():
+def library():
     "The compiled kernels, or None after saying why."
     if os.environ.get('FIPS_NB_KERNELS', '').lower() in ('0', 'off'): return None
     with _lock: return _open()
@@ -421,13 +421,14 @@ def _open():
     except (RuntimeError, OSError) as e:
         return _say(f"no sparse kernels, packed layers run dense: {e}")
     at,n,code = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int # pointers, sizes, types of tensors
+    lib.fips_decode.argtypes = [at, n, at, n, at, code, code, at, n, at, n, at, n, at, code, at]
     for f in (lib.fips_csr, lib.fips_tiles):
         f.argtypes = [at, code, at, at, n, n, n, at, code, n, n, at, n, at, code, code]
     return lib
 
 def kernels() -> bool: # whether there are any
     "Compile and load the CPU kernels, once; `FIPS_NB_KERNELS=off` in the environment avoids them."
-    return _load() is not None
+    return library() is not None
 
 # %% ../nbs/04_sparse_kernels.ipynb #04-026
 _CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -455,7 +456,7 @@ def _cpu(P, name, starts, k, x, bias=None):
     if None in (dt, vt, bt):
         return _say("the sparse kernels take float32, float16 and bfloat16; "
                     f"for {x.dtype} inputs and {v.dtype} values packed layers run dense")
-    if (lib := _load()) is None: return None
+    if (lib := library()) is None: return None
     x2 = x if len(lead) == 1 else x.reshape(-1, i)
     n = x2.shape[0]
     if x2.stride(1) != 1: x2 = x2.contiguous()
