@@ -70,7 +70,8 @@ def _decode(words, states, number, tables, n):
         y[need] = y[need] << np.uint64(16) | words[at:at+len(need)]
         at += len(need)
         out[a:a+len(c)] = (e & np.uint64(255)).astype(np.uint8).view(np.int8)
-    if at < len(words) or (x != 65536).any(): raise ValueError("the code does not end where it should")
+    if at < len(words) or (x != 65536).any():
+        raise ValueError("the code does not end where it should")
     return out
 
 # %% ../nbs/04g_entropy_coding.ipynb #04g-014
@@ -153,9 +154,22 @@ class Stream:
         out[far] = self.escapes
         return out
 
+# %% ../nbs/04g_entropy_coding.ipynb #04g-030
+_KINDS = {torch.int16: -1, torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+def _exponents_of(reader, n):
+    "Exponents of the rows and columns of a matrix of the shape `n`."
+    version,*bases = reader.unpack('<Bhh')
+    if version != 1: raise ValueError(f"a code of version {version}; upgrade fips_nb")
+    steps = Stream(reader)
+    if (k := len(steps.tables)) != 2: raise ValueError(f"exponents in {k} classes, not 2")
+    e = steps.symbols(np.arange(sum(n)) >= n[0]).astype(np.int64) + np.repeat(bases, n)
+    if np.abs(e).max() > 400: raise ValueError(f"a step of 2^({np.abs(e).max()}/4)")
+    return np.split(e.astype(np.int16), [n[0]])
+
 # %% ../nbs/04g_entropy_coding.ipynb #04g-016
 class Coded:
-    "A matrix as bytes whose steps are decoded, and whose codes are decoded when they are asked for."
+    "A matrix as bytes: its steps are decoded, its codes when they are asked for."
     def __init__(self,
         data:torch.Tensor, # from encode
         shape:tuple, # of the matrix
@@ -163,48 +177,39 @@ class Coded:
         if data.dtype != torch.uint8 or data.ndim != 1:
             raise ValueError(f"a code is bytes, not {tuple(data.shape)} of {data.dtype}")
         reader = _Reader(memoryview(data.cpu().contiguous().numpy()))
-        version,*bases = reader.unpack('<Bhh')
-        if version != 1: raise ValueError(f"a code of version {version}; upgrade fips_nb")
-        steps,n = Stream(reader), tuple(shape)
-        e = steps.symbols(np.arange(sum(n)) >= n[0]) if len(steps.tables) == 2 else None
-        if e is None: raise ValueError(f"exponents in {len(steps.tables)} classes, not 2")
-        e = e.astype(np.int64) + np.repeat(bases, n)
-        if np.abs(e).max() > 400: raise ValueError(f"a step of 2^({np.abs(e).max()}/4)")
-        self.shape,self.rows,self.columns = n, *np.split(e.astype(np.int16), [n[0]])
+        self.shape = tuple(shape)
+        self.rows,self.columns = _exponents_of(reader, self.shape)
         self.stream = Stream(reader)
         if reader.at < len(reader.data): raise ValueError("the code does not end where it should")
 
-    def _into(self, out, kind, base=(0, 0), steps=None):
+    def _into(self, out, base=(0, 0), steps=torch.empty(0)):
         "Decode into `out` by the compiled decoder; whether there is one."
         if (lib := library()) is None: return False
         s,(rows,columns) = self.stream, (e - b for e,b in zip((self.rows, self.columns), base))
         slots,states = np.concatenate([_slots(t) for t in s.tables]), s.states.copy()
         at = lambda x: x.ctypes.data
-        low,high = s.low - sum(base), s.high - sum(base)
-        if lib.fips_decode(at(s.words), len(s.words) - 1, at(states), len(states), at(slots), low,
-                           high, at(s.escapes), len(s.escapes), at(rows), len(rows), at(columns),
-                           len(columns), None if steps is None else steps.data_ptr(), kind,
-                           out.data_ptr()):
+        if lib.fips_decode(at(s.words), len(s.words) - 1, at(states), len(states), at(slots),
+                           s.low - sum(base), s.high - sum(base), at(s.escapes), len(s.escapes),
+                           at(rows), len(rows), at(columns), len(columns),
+                           steps.data_ptr(), _KINDS[out.dtype], out.data_ptr()):
             raise ValueError("the code does not end where it should")
         return True
 
     def codes(self) -> Codes:
         "The codes of the matrix."
-        out,rows,columns = torch.empty(self.shape, dtype=torch.int16), *map(torch.from_numpy, (self.rows, self.columns))
-        c = Codes(out, rows, columns)
-        if self._into(out, -1): return c
+        out = torch.empty(self.shape, dtype=torch.int16)
+        c = Codes(out, torch.from_numpy(self.rows), torch.from_numpy(self.columns))
+        if self._into(out): return c
         number = class_numbers(c, self.stream.low, self.stream.high).flatten().numpy()
-        return Codes(torch.from_numpy(self.stream.symbols(number)).view(self.shape), rows, columns)
+        out = torch.from_numpy(self.stream.symbols(number)).view(out.shape)
+        return Codes(out, c.rows, c.columns)
 
     def weight(self,
         dtype:torch.dtype=torch.float32, # float32, float16 or bfloat16
     ) -> torch.Tensor: # of the shape of the matrix
         "The matrix itself, without a copy of its codes."
-        kind = _KINDS[dtype]
         base = int(self.rows.min()), int(self.columns.min())
         span = int(self.rows.max()) + int(self.columns.max()) - sum(base)
         steps = steps_of(torch.arange(sum(base), sum(base) + span + 1))
         out = torch.empty(self.shape, dtype=dtype)
-        return out if self._into(out, kind, base, steps) else self.codes().weight().to(dtype)
-
-_KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+        return out if self._into(out, base, steps) else self.codes().weight().to(dtype)

@@ -266,6 +266,7 @@ def check_weight(
         raise ValueError(f"a weight of {tuple(W.shape)} needs the importance of its {len(W)} "
                          "outputs: finite numbers, none below zero")
 
+# %% ../nbs/02d_rate_distortion.ipynb #02d-c053
 def round_weight(
     W:torch.Tensor, # weight (out, in)
     C:torch.Tensor, # second moment of its inputs (in, in)

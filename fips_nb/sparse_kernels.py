@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'value_dtype', 'Dense', 'Csr', 'Condensed', 'TwoFour', 'Tiles', 'format_bytes', 'floor', 'device_name',
-           'library', 'kernels', 'stopwatch', 'speedups']
+           'kernels', 'library', 'stopwatch', 'speedups']
 
 # %% ../nbs/04_sparse_kernels.ipynb #04-003
 import ctypes, functools, hashlib, importlib.util, os, platform, shutil, statistics, subprocess, sys
@@ -402,7 +402,7 @@ def _build(source, folder):
 _lock = threading.Lock()
 
 @functools.cache
-def library():
+def _load():
     "The compiled kernels, or None after saying why."
     if os.environ.get('FIPS_NB_KERNELS', '').lower() in ('0', 'off'): return None
     with _lock: return _open()
@@ -411,7 +411,8 @@ def _open():
     "Build and open the library."
     home = Path(os.environ.get('XDG_CACHE_HOME') or '.') # a relative one does not count
     folder = (home if home.is_absolute() else Path.home()/'.cache')/'fips_nb'
-    source = (files('fips_nb')/'assets'/'kernels.cpp').read_text()
+    assets = files('fips_nb')/'assets'
+    source = ''.join((assets/f'{k}.cpp').read_text() for k in ('kernels', 'decoder'))
     try:
         try: path = _build(source, private_folder(folder))
         except OSError as e: # a home that cannot be written to, or that others can write to
@@ -428,7 +429,11 @@ def _open():
 
 def kernels() -> bool: # whether there are any
     "Compile and load the CPU kernels, once; `FIPS_NB_KERNELS=off` in the environment avoids them."
-    return library() is not None
+    return _load() is not None
+
+def library(): # ctypes.CDLL, or None
+    "What is compiled: the kernels, and the decoder of coded weights."
+    return _load()
 
 # %% ../nbs/04_sparse_kernels.ipynb #04-026
 _CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -456,7 +461,7 @@ def _cpu(P, name, starts, k, x, bias=None):
     if None in (dt, vt, bt):
         return _say("the sparse kernels take float32, float16 and bfloat16; "
                     f"for {x.dtype} inputs and {v.dtype} values packed layers run dense")
-    if (lib := library()) is None: return None
+    if (lib := _load()) is None: return None
     x2 = x if len(lead) == 1 else x.reshape(-1, i)
     n = x2.shape[0]
     if x2.stride(1) != 1: x2 = x2.contiguous()

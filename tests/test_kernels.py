@@ -245,7 +245,7 @@ def test_threads_agree_and_share_a_layer():
 @needs_kernels
 @pytest.mark.skipif(sys.platform != "linux", reason="torch's OpenMP is found so on Linux only")
 def test_kernels_find_the_threads_of_torch():
-    assert sk.library().fips_threads() == 1
+    assert sk._load().fips_threads() == 1
 
 
 # ---- tensors that do not fit are refused before a kernel reads them ----
@@ -585,7 +585,7 @@ def test_wrong_choices():
 
 
 def test_without_kernels_only_dense_ways_are_candidates(monkeypatch):
-    monkeypatch.setattr(sk, "library", lambda: None)
+    monkeypatch.setattr(sk, "_load", lambda: None)
     for r in optimize(gated(), torch.randn(2, 48), repeats=1, log=None)["rows"]:
         assert set(r["ms"]) == {"materialised", "dense"}
 
