@@ -41,9 +41,19 @@ def _slots(table):
 # %% ../nbs/04g_entropy_coding.ipynb #04g-011
 LANES = 12 # at most 2^12
 
+def _compiled(lib, symbols, number, freq, start, lanes):
+    "The same by the compiled encoder."
+    s,c = np.ascontiguousarray(symbols, np.int16), np.ascontiguousarray(number, np.uint8)
+    states,words = np.full(lanes, 1 << 16, np.uint32), np.empty(len(s), np.uint16)
+    at = lambda x: x.ctypes.data
+    n = lib.fips_encode(at(s), at(c), len(s), at(freq), at(start), at(states), lanes,
+                        at(words) + words.nbytes)
+    return words[len(s)-n:], states
+
 def _encode(symbols, number, tables, lanes):
     "Words and final states (lanes,) of the flat `symbols` (-128 to 127) of the classes `number`."
     freq,start = _coder_tables(tables)
+    if (lib := library()) is not None: return _compiled(lib, symbols, number, freq, start, lanes)
     x,words = np.full(lanes, 1 << 16, np.uint64), []
     for a in reversed(range(0, len(symbols), lanes)):
         s,c = symbols[a:a+lanes].astype(np.int64) + 128, number[a:a+lanes]

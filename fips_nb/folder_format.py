@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['REST', 'FORMAT', 'VERSION', 'FILES', 'Dtype', 'Order', 'Codec', 'WIDEST', 'ATTENTION', 'DEEPEST', 'SPARE',
-           'pack_mask', 'unpack_mask', 'pack_values', 'unpack_values', 'layer_groups', 'value_dtype_of', 'all_finite',
-           'check_finite', 'dtype_name', 'dtype_named', 'memory_order', 'in_order', 'linear_record', 'group_record',
-           'rounding_error', 'narrow', 'outside', 'main_dtype', 'check_rest', 'store_rest', 'round_rest',
-           'of_transformers', 'is_ours', 'check_target', 'swap_in', 'LinearEntry', 'GroupPart', 'GroupEntry',
-           'LayerEntry', 'LayerGroupEntry', 'check_groups', 'check_depth', 'check_plain', 'check_version',
+           'MOST_DECODED', 'pack_mask', 'unpack_mask', 'pack_values', 'unpack_values', 'layer_groups', 'value_dtype_of',
+           'all_finite', 'check_finite', 'dtype_name', 'dtype_named', 'memory_order', 'in_order', 'linear_record',
+           'group_record', 'rounding_error', 'narrow', 'outside', 'main_dtype', 'check_rest', 'store_rest',
+           'round_rest', 'of_transformers', 'is_ours', 'check_target', 'swap_in', 'LinearEntry', 'GroupPart',
+           'GroupEntry', 'LayerEntry', 'LayerGroupEntry', 'check_groups', 'check_depth', 'check_plain', 'check_version',
            'read_config', 'header', 'check_claims', 'check_nonzeros', 'bounded_build', 'check_tables', 'refusing',
-           'shard_files', 'folder_bytes', 'file_parts', 'dense_bytes']
+           'decoded', 'codes_of', 'check_decoded', 'shard_files', 'folder_bytes', 'file_parts', 'dense_bytes']
 
 # %% ../nbs/07_folder_format.ipynb #07-003
 import math
 import re
 import threading
+import warnings
 import zlib
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,8 @@ from . import __version__
 from .disk import recover, swapping
 from .schema import Count, Name, Size, conform, read_json, unique
 from .sparse_factors import factor_layers
+from .entropy_coding import Coded
+from .coded_models import coded_name, matrix_shape
 
 # %% ../nbs/07_folder_format.ipynb #07-007
 def _gaps(m):
@@ -273,13 +276,15 @@ def store_rest(
 def round_rest(
     model:nn.Module, # factorised, changed in place
 ) -> nn.Module: # model
-    "Round everything outside the factors as a folder stores it, in the model's own dtype."
+    "Round all but factors and codes as a folder stores it, in the model's own dtype."
+    coded = {model.get_parameter(k).data_ptr() for k in getattr(model, 'fips_codes', ())}
     tensors = outside(model.state_dict(), factor_layers(model))
+    tensors = {k: t for k,t in tensors.items() if t.data_ptr() not in coded}
     for k,q in store_rest(tensors)[0].items(): tensors[k].copy_(q)
     return model
 
 # %% ../nbs/07_folder_format.ipynb #07-044
-FORMAT, VERSION = 'fips_nb', 2 # of the folder; version 1 stored everything in its own dtype
+FORMAT, VERSION = 'fips_nb', 3 # of the folder; 1 stored everything in its own dtype, 2 had no codes
 
 FILES = re.compile(
     r'model(-\d{5}-of-\d{5})?\.safetensors|(tokenizer|spiece|sentencepiece\.bpe)\.model|'
@@ -372,6 +377,7 @@ class _Any(msgspec.Struct):
     version:Annotated[int, Meta(ge=0)] # of the format
     rest:Literal['16bit', 'keep'] = 'keep' # how everything outside the factors is stored
     report:dict|None = None # how the model was made
+    coded:Annotated[list[Name], Meta(max_length=2**20)] = [] # parameters that are stored as codes
     fips_nb:str = '' # version of the package that wrote it
 
 class _Own(_Any, kw_only=True):
@@ -385,7 +391,7 @@ class _Own(_Any, kw_only=True):
     bytes:Count # of the weights file
     sha256:Annotated[str, Meta(pattern='^[0-9a-f]{64}$')] # of the weights file
     tied:dict[Name,Name] # name of a tensor -> name under which it is stored
-    groups:Annotated[list[GroupEntry], Meta(min_length=1, max_length=2**16)]
+    groups:Annotated[list[GroupEntry], Meta(max_length=2**16)]
     own:list[Name] = [] # tensors of another dtype than the model's
 
 class _Theirs(_Any, kw_only=True):
@@ -394,7 +400,7 @@ class _Theirs(_Any, kw_only=True):
     arch:Name # class
     model_type:Name
     dtype:Dtype|None = None # of the model
-    groups:Annotated[list[LayerGroupEntry], Meta(min_length=1, max_length=2**16)]
+    groups:Annotated[list[LayerGroupEntry], Meta(max_length=2**16)]
 
 # %% ../nbs/07_folder_format.ipynb #07-c067
 WIDEST = 64 # vectors of a basis for each dimension
@@ -482,6 +488,9 @@ def read_config(
     check_version(config.get('version', 0), folder)
     conform(config, kind, f)
     check_groups(config['groups'], f)
+    unique(config.get('coded', ()), f, 'the coded parameter')
+    if not config['groups'] and not config.get('coded'):
+        raise ValueError(f"{f} tells of no factors and of no codes")
     return config | dict(rest=config.get('rest', 'keep'))
 
 # %% ../nbs/07_folder_format.ipynb #07-c072
@@ -556,6 +565,49 @@ def refusing(
         cause = e if isinstance(e, (ValueError, RuntimeError)) else f'{type(e).__name__} {e}'
         raise ValueError(f"{what}: {cause}") from e
 
+# %% ../nbs/07_folder_format.ipynb #07-c082
+def decoded(
+    data:torch.Tensor, # code, uint8
+    shape, # of the parameter
+    dtype:torch.dtype, # of the parameter
+    name:str, # of the parameter, for errors
+) -> torch.Tensor:
+    "The parameter that a code stands for."
+    with refusing(f"the code of {name} cannot be used"):
+        wide = dtype if dtype.itemsize <= 4 else torch.float32
+        W = Coded(data, matrix_shape(tuple(shape))).weight(wide)
+        if not all_finite(W): raise ValueError("it holds values beyond the range of its dtype")
+        return W.view(tuple(shape)).to(dtype)
+
+# %% ../nbs/07_folder_format.ipynb #07-c083
+def codes_of(
+    model:nn.Module, # any model
+) -> dict: # name of a parameter -> code
+    "The codes of `model` that still stand for its parameters."
+    codes,ps = getattr(model, 'fips_codes', {}), dict(model.named_parameters())
+    same = lambda k, p: p.is_meta or torch.equal(decoded(codes[k], p.shape, p.dtype, k),
+                                                 p.detach().cpu()) # accelerate lays tensors away
+    out = {k: data for k,data in codes.items() if k in ps and same(k, ps[k])}
+    if gone := [k for k in codes if k not in out]:
+        warnings.warn(f"{len(gone)} of {len(codes)} coded parameters have changed since they were "
+                      f"coded, such as {gone[0]}; they are stored with 16 bits for each value")
+    return out
+
+MOST_DECODED = 64 # entries of coded parameters for each byte of the files
+
+def check_decoded(
+    shapes:dict, # name of a coded parameter -> shape
+    nbytes:int, # of the files
+):
+    "Refuse codes that would decode to far more memory than their files, before any is made."
+    for k,shape in shapes.items():
+        if len(shape) < 2 or not math.prod(shape):
+            raise ValueError(f"{k} of the shape {tuple(shape)} cannot be coded")
+    n = sum(math.prod(shape) for shape in shapes.values())
+    if n > MOST_DECODED*nbytes + SPARE//4:
+        raise ValueError(f"its codes would decode to {n:,} values, and its files have "
+                         f"{nbytes:,} bytes")
+
 # %% ../nbs/07_folder_format.ipynb #07-067
 def shard_files(
     folder, # path of a saved model
@@ -572,16 +624,17 @@ def folder_bytes(
 
 def file_parts(
     folder, # path of a saved model
-) -> dict: # U, V, mask, rest, header -> bytes
+) -> dict: # U, V, mask, codes, rest, header -> bytes
     "Bytes of the parts of the saved weights; they add up to `folder_bytes`."
-    out = dict(U=0, V=0, mask=0, rest=0, header=0)
+    out = dict(U=0, V=0, mask=0, codes=0, rest=0, header=0)
     for path in shard_files(folder):
         with refusing(f"{path} is no safetensors file"), safe_open(path, 'pt') as f:
             sizes = {k: _nbytes(f.get_slice(k)) for k in f.keys()}
         for name,n in sizes.items():
             *path_names, last = name.split('.')
             ours = 'fips' in path_names and last in ('U', 'V', 'mask')
-            out[last if ours else 'rest'] += n
+            coded = path_names[-1:] == ['coded']
+            out[last if ours else 'codes' if coded else 'rest'] += n
         out['header'] += path.stat().st_size - sum(sizes.values())
     return out
 

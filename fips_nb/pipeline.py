@@ -491,11 +491,14 @@ WHAT = dict(mlp='MLP', attn='attention', all='MLP and attention') # what targets
 @dataclass
 class Compressed:
     "A compressed `model` and the `report` of how it was made."
-    model:nn.Module # factorised
-    report:dict # see compress
+    model:nn.Module # factorised, or with codes
+    report:dict # see compress, and code_model
 
     def __repr__(self):
         r = self.report
+        if 'bits' in r:
+            return (f"{r['preset']}: {r['bits']:.3f} bits per parameter, {r['coded_bytes']:,} "
+                    f"bytes, {r['seconds']:.0f} s")
         what = WHAT[r['config']['targets']]
         return (f"{r['preset']}: {100*r['mlp_budget']:.1f} % of the {what} parameters, "
                 f"{100*r['model_ratio']:.1f} % of the model's, {what} bytes "

@@ -303,7 +303,9 @@ def step_exponents(
     if g is not None and (mean := g.mean()) > 0:
         rows = _exponents((g/mean + FLOOR).rsqrt())
         alpha = alpha/mean.sqrt().item()
-    return rows, _exponents(alpha/M.diagonal())
+    columns = _exponents(alpha/M.diagonal())
+    reach = W.float().abs().amax(1)/steps_of(columns).min() # codes of 16 bits hold twice as much
+    return torch.maximum(rows, _exponents((reach/2**14).clamp(min=1e-9))), columns
 
 FLOOR = 1e-3 # importance of an output that never mattered, relative to the mean
 

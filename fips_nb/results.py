@@ -46,8 +46,8 @@ SOLVER = (*_below('svd_init', 'truncate regularize sample_atoms svd_init'),
           *_below('statistics', 'collect_moments Metric layer_metric'),
           *_below('blockwise_opt', '_conjugate_gradients v_hessian refit_v refit_u Rounds _v_steps '
                   '_start _prune _move_basis _refit_all fit_group'))
-DISTILLATION = _below('distillation', 'predict output_loss Rate start_lr _rate _order _Teacher '
-                      '_Judge _split _epoch distill_outputs')
+DISTILLATION = _below('distillation', 'predict output_loss Rate start_lr decay batch_order Teacher '
+                      '_Judge split_batches _epoch distill_outputs')
 PLANNER = _below('planner', 'allocate divergences make_plan _refine _slopes _without_bases')
 
 # %% ../nbs/04f_results.ipynb #04f-c018

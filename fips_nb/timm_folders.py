@@ -21,7 +21,7 @@ from . import __version__
 from .sparse_factors import FactorLinear, factor_layers
 from .state import read_meta, write_tensors
 from .folder_format import FORMAT, VERSION, all_finite, bounded_build, check_claims
-from .folder_format import check_finite
+from .folder_format import check_decoded, check_finite, coded_name, codes_of, decoded
 from .folder_format import check_nonzeros, check_tables, dtype_name, dtype_named, header
 from .folder_format import group_record, in_order, layer_groups, linear_record, main_dtype
 from .folder_format import outside, pack_values, refusing, store_rest, swap_in, unpack_values
@@ -242,9 +242,10 @@ def _sha256(path):
 # %% ../nbs/07a_timm_folders.ipynb #07a-c035
 def _packed(model, fresh, dtype, rest):
     "Tensors of the file, entries of `config.json` about them, relative error of rounding the rest."
-    groups = layer_groups(model)
+    groups, codes = layer_groups(model), codes_of(model)
     own, tied = _rest(model, fresh)
-    tensors, stored, error = store_rest(own, rest)
+    tensors, stored, error = store_rest({k: t for k,t in own.items() if k not in codes}, rest)
+    tensors |= {coded_name(k): data for k,data in codes.items()}
     records = []
     for i,g in enumerate(groups):
         packed, record = pack_group(g, dtype or value_dtype_of(groups))
@@ -252,7 +253,8 @@ def _packed(model, fresh, dtype, rest):
         records.append(record)
     main = main_dtype(own)
     others = [k for k,t in own.items() if t.is_floating_point() and t.dtype != main]
-    about = dict(dtype=dtype_name(main), rest=stored, tied=tied, groups=records, own=others)
+    about = dict(dtype=dtype_name(main), rest=stored, tied=tied, groups=records,
+                 coded=list(codes), own=others)
     return tensors, about, error
 
 # %% ../nbs/07a_timm_folders.ipynb #07a-c036
@@ -266,8 +268,9 @@ def write(
     rest:str='16bit', # how everything else is stored: 16bit or keep
 ) -> Path: # folder
     "Write `model` to `folder` as `model.safetensors` and `config.json`."
-    if not factor_layers(model):
-        raise ValueError(f"this {type(model).__name__} has no factorised layers; compress it first")
+    if not factor_layers(model) and not getattr(model, 'fips_codes', None):
+        raise ValueError(f"this {type(model).__name__} has no factorised layers and no codes; "
+                         "compress it first")
     made, fresh = origin(model, arch, model_args)
     tensors, about, error = _packed(model, fresh, dtype, rest)
     report = report or getattr(model, 'fips_config', {}).get('report')
@@ -323,7 +326,11 @@ def _claims(model, config, names):
     for k,v in tied.items():
         if k not in rest or v not in rest or v in tied or rest[k].shape != rest[v].shape:
             raise ValueError(f"{k} cannot be tied to {v}")
-    return want | {k: tuple(t.shape) for k,t in rest.items() if k not in tied}
+    for k in (coded := set(config.get('coded', ()))):
+        if k not in rest or k in tied:
+            raise ValueError(f"{k} is coded, and the model has no such parameter")
+    want |= {coded_name(k): None for k in coded}
+    return want | {k: tuple(t.shape) for k,t in rest.items() if k not in tied and k not in coded}
 
 def blueprint(
     config:dict, # from read_config
@@ -336,6 +343,7 @@ def blueprint(
     check_tables(model, nbytes)
     for record in config['groups']: _place(model, record, names)
     check_claims(_claims(model, config, names), names, 'model.safetensors')
+    check_decoded({k: model.get_parameter(k).shape for k in config.get('coded', ())}, nbytes)
     return model
 
 # %% ../nbs/07a_timm_folders.ipynb #07a-c042
@@ -399,8 +407,13 @@ def read(
             stored = {k: f'fips.{i}.{k}' for k in ('U', 'V', 'mask')}
             found = {k: tensors.pop(n).clone() for k,n in stored.items() if n in tensors}
             _fill_group(model, record, found)
+        codes = {k: tensors.pop(coded_name(k)).clone() for k in config.get('coded', ())}
         rest = {k: _widened(k, t, config) for k,t in tensors.items()}
+        for k,data in codes.items():
+            p = model.get_parameter(k)
+            rest[k] = decoded(data, p.shape, p.dtype, k)
         own = rest if config['version'] == 1 else config.get('own', ())
         _fill(model, rest, config['tied'], own)
     model.fips_config = config
+    if codes: model.fips_codes = codes
     return model.to(device).eval()

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fips_nb import cli, hub
+from fips_nb.coded_models import bits_to_bytes, code_model
 from fips_nb.demo import demo_images, demo_vit
 from fips_nb.pipeline import compress
 from fips_nb.planner import Plan
@@ -44,6 +45,9 @@ def make_folders(root):
             more = dict(rest="keep") if name == "svd" else {}
             if kind == "llama" and name == "als": more["max_shard_size"] = "20KB"
             out[f"{kind}-{name}"] = hub.save(made, root/f"{kind}-{name}", **more)
+    for kind, model, batches in (("timm", demo_vit(), images), ("llama", llama(), tokens)):
+        made = code_model(model, batches, bits_to_bytes(model, 6.), 0)
+        out[f"{kind}-coded"] = hub.save(made, root/f"{kind}-coded")
     return out
 
 

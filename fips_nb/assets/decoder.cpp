@@ -1,4 +1,4 @@
-// A decoder of coded matrices, for fips_nb/entropy_coding.py; compiled behind kernels.cpp, whose types it uses.
+// A decoder and an encoder of coded matrices, for fips_nb/entropy_coding.py; compiled behind kernels.cpp, whose types it uses.
 namespace {
 // Interleaved ANS: symbol p belongs to lane p % lanes; states of 32 bits, words of 16, frequencies of 4096 in all.
 // An entry of a table, one for each of 4096 slots: the code in 8 bits (-128: see escapes), its frequency less 1, and the slot's place in it.
@@ -43,4 +43,18 @@ extern "C" int fips_decode(const uint16_t* words, int64_t n_words, uint32_t* sta
   if (type == 0) return !decode_rows(s, rows, out, columns, in, scaled((float*)y, steps, rows, columns, in));
   if (type == 1) return !decode_rows(s, rows, out, columns, in, scaled((f16*)y, steps, rows, columns, in));
   return !decode_rows(s, rows, out, columns, in, scaled((bf16*)y, steps, rows, columns, in));
+}
+
+// The other way, from the last symbol to the first: symbols + 128 have frequencies and starts by class; words are written before `end`, and their number is returned
+extern "C" int64_t fips_encode(const int16_t* symbols, const uint8_t* number, int64_t n, const uint64_t* freq, const uint64_t* start,
+                               uint32_t* states, int64_t lanes, uint16_t* end) {
+  uint16_t* w = end;
+  for (int64_t p = n - 1; p >= 0; p--) {
+    const int at = number[p]*256 + symbols[p] + 128;
+    uint32_t& state = states[p & (lanes - 1)]; uint32_t x = state;
+    const uint32_t f = uint32_t(freq[at]);
+    if (x >= uint64_t(f) << 20) { *--w = uint16_t(x); x >>= 16; }
+    state = (x/f << 12) + x % f + uint32_t(start[at]);
+  }
+  return end - w;
 }
