@@ -20,7 +20,7 @@ import traceback
 import warnings
 from . import __version__
 from . import commands
-from .commands import CompressOptions, EvaluateOptions, FitOptions
+from .commands import DEFAULT, ROUNDING, EvaluateOptions, FitOptions
 from .models import one_line
 
 # %% ../nbs/09a_cli.ipynb #11-019
@@ -51,9 +51,11 @@ def _batches(s):
 # %% ../nbs/09a_cli.ipynb #11-020
 _ABOUT = """\
 Make trained transformers smaller, without labels and without training from scratch: blocks share
-a basis, and each linear keeps a sparse projection (FiPS).
+a basis, and each linear keeps a sparse projection (FiPS); or all weights are rounded to codes of
+a few bits (--bits).
 
   fips compress demo-vit --out small            a trained model and its images are built in
+  fips compress demo-vit --out tiny --bits 4    a file of four bits for each parameter
   fips compress vit_tiny_patch16_224 --out small --weights w.safetensors --calib images/
                                                 any timm model, your weights, unlabelled images
   fips compress demo-llm --out small            a trained language model and its text
@@ -74,6 +76,7 @@ What the figures mean:
                --targets says otherwise
   model ratio  the same count over all parameters of the model; the others are kept
   bytes        files on disk, indices of the sparse entries included
+  bits         of these files, for each parameter of the dense model
   top-1        share of images that are classified correctly, with a 95 % interval (Wilson);
                differences are taken on the same images
   perplexity   over the whole text, in windows that do not overlap; every token but the first of
@@ -88,7 +91,7 @@ Images: a flat folder (no labels), one folder for each class, or images with lab
 file,label). Text: a file, or a folder of .txt, .md and .jsonl; <|endoftext|> ends a document.
 """
 
-_PRESETS = 'fips-als, fips-paper, svd, asvd, svd-llm, basis-sharing, aafm, gfm, pruning'
+_PRESETS = 'rounding, fips-als, fips-paper, svd, asvd, svd-llm, basis-sharing, aafm, gfm, pruning'
 _MODEL = "demo-vit, demo-llm, a name of timm, or a folder or name that transformers opens"
 _FOLDER = "folder that `fips compress` wrote"
 
@@ -122,8 +125,8 @@ def _size_options(q):
             metavar='P')
     _option(size, '--target-ratio', "share of the whole model's parameters to keep; a plan gives "
             "each layer its own share", type=float, metavar='R')
-    _option(size, '--target-bytes', "bytes of the whole model on disk; by a plan, likewise",
-            type=int, metavar='N')
+    _option(size, '--target-bytes', "bytes of the whole model on disk (compress: the weights are "
+            "rounded, unless a --preset is named; by a plan for fips-als)", type=int, metavar='N')
     return size
 
 # %% ../nbs/09a_cli.ipynb #09a-c012
@@ -148,14 +151,17 @@ def _add_compress(sub):
   fips compress deit_base_patch16_224 --out small --calib images/ --n-calib 512 --device cuda
   fips compress vit_tiny_patch16_224 --out small --calib images/ --distill-epochs 0    (quicker)
   fips compress llama/ --out small --calib text.txt --target-ratio 0.8
+  fips compress llama/ --out small --calib text.txt --bits 4
 
 A run that is interrupted leaves DIR.state; the same command with --resume goes on from there.""")
     q.add_argument('model', metavar='MODEL', help=_MODEL)
     q.add_argument('--out', required=True, metavar='DIR', help="folder for the compressed model")
-    _option(_size_options(q), '--plan', "a plan that `fips plan` wrote for this model",
-            metavar='FILE')
-    _option(q, '--preset', f"method: {_PRESETS} (default {CompressOptions.preset}, the one that "
-            "plans are for)")
+    size = _size_options(q)
+    _option(size, '--bits', "bits of the file for each parameter of the model, everything counted; "
+            "the weights are rounded", type=float, metavar='B')
+    _option(size, '--plan', "a plan that `fips plan` wrote for this model", metavar='FILE')
+    _option(q, '--preset', f"method: {_PRESETS} (default: {ROUNDING} for --bits and "
+            f"--target-bytes, else {DEFAULT}, the one that plans are for)")
     _option(q, '--sparsity', "share of zeros in the projections, 0 to below 1 (default: follows "
             "from the budget)", type=float, metavar='S')
     _option(q, '--group-size', "blocks that share a basis: a number, auto, all or stage (default: "
@@ -180,7 +186,8 @@ def _add_plan(sub):
   fips compress demo-llm --plan plan.json --out small
 
 Trial fits show which blocks should share a basis, and which layer should keep how many entries.
-`fips compress` with --target-ratio or --target-bytes plans by itself.""")
+`fips compress` with --target-ratio plans by itself, and so does --target-bytes with
+--preset fips-als.""")
     q.add_argument('model', metavar='MODEL', help=_MODEL)
     _option(q, '--out', "file to write the plan to, as JSON", metavar='FILE')
     _size_options(q)
@@ -204,10 +211,12 @@ def _add_eval(sub):
 # %% ../nbs/09a_cli.ipynb #11-n06
 def _add_info(sub):
     "The options of `fips info`."
-    q = sub.add_parser('info', help="sizes, ranks and densities of a compressed model",
-                       epilog="  fips info small\n  fips info small --layers")
+    q = sub.add_parser('info', help="sizes, ranks, densities or bits of a compressed model",
+                       epilog="  fips info small\n  fips info small --layers\n"
+                       "  fips info small --plot layers.png")
     q.add_argument('model', metavar='DIR', help=_FOLDER)
     q.add_argument('--layers', action='store_true', help="show every layer")
+    _option(q, '--plot', "picture of the layers to write: a .png, .svg or .pdf", metavar='FILE')
     _json(q)
 
 # %% ../nbs/09a_cli.ipynb #09a-c020
@@ -311,12 +320,33 @@ def _seconds(o):
     return f"It took {o['seconds']:.1f} s ({phases}), with {o['n_calib']:,} {o['unit']}."
 
 # %% ../nbs/09a_cli.ipynb #09a-c033
+def _bytes_rows(o):
+    "Lines of a table: bytes on disk, and bits for each parameter of the dense model."
+    rows = []
+    for beside,key in (('as given', 'dense_bytes'), ('in 16 bits', 'dense_bytes_16')):
+        share = _percent(o['bytes']/o[key])
+        rows.append([f'bytes on disk (dense {beside})', f"{o['bytes']:,}", f"{o[key]:,}", share])
+    dense = o['bits']*o['dense_bytes_16']/o['bytes']
+    return rows + [['bits per parameter', f"{o['bits']:.2f}", f'{dense:.2f}', share]]
+
+def _rounding_text(o):
+    "The report of a rounding."
+    bits = _range([o['least_bits'], o['most_bits']], '{:.2f}')
+    said = [f"{o['n_layers']} matrices take {bits} bits per weight; {_percent(o['zeros'])} of the "
+            "codes are zero."]
+    if seen := [d for d in o['divergences'] or [] if math.isfinite(d)]:
+        said.append(f"Distillation took the divergence from the dense outputs, on batches held "
+                    f"out of the calibration data, from {seen[0]:.4f} to {min(seen):.4f} nats.")
+    said += [_seconds(o), *(f'Note: {note}.' for note in o['notes'])]
+    lines = [f"{o['model']} was rounded into {o['out']}.", '',
+             *_columns([['', 'rounded', 'dense', 'share'], *_bytes_rows(o)]), '',
+             *(line for text in said for line in _sentences(text))]
+    return '\n'.join(lines)
+
 def _compress_text(o):
     "The report of a compression."
-    rows = _sizes(o)
-    for beside,key in (('as given', 'dense_bytes'), ('in 16 bits', 'dense_bytes_16')):
-        rows.append([f'bytes on disk (dense {beside})', f"{o['bytes']:,}", f"{o[key]:,}",
-                     _percent(o['bytes']/o[key])])
+    if o['preset'] == ROUNDING: return _rounding_text(o)
+    rows = _sizes(o) + _bytes_rows(o)
     said = [_bases(o), _seconds(o), *(f'Note: {note}.' for note in o['notes'])]
     if o['rest_error']:
         said.insert(1, "What is not factorised is stored in 16 bits, with a relative rounding "
@@ -334,12 +364,33 @@ def _compress(a):
     return o, _compress_text(o)
 
 # %% ../nbs/09a_cli.ipynb #09a-c035
+def _coded_kinds(kinds):
+    "A table with one line for each kind of matrix that was rounded."
+    rows = [['matrix', 'number', 'bits per weight', 'zeros', 'step']]
+    for name,ls in kinds.items():
+        rows.append([name, str(len(ls)), _range([l['bits'] for l in ls], '{:.2f}'),
+                     _range([100*l['zeros'] for l in ls], '{:.1f}') + ' %',
+                     _range([l['step'] for l in ls], '{:.2g}')])
+    return _columns(rows)
+
+def _coded(layers):
+    "A table with one line for each matrix that was rounded."
+    rows = [['matrix', 'rows', 'columns', 'bits per weight', 'zeros', 'step']]
+    for l in layers:
+        rows.append([l['name'], *(f'{n:,}' for n in l['shape']), f"{l['bits']:.2f}",
+                     _percent(l['zeros'], 1), f"{l['step']:.2g}"])
+    return _columns(rows)
+
+# %% ../nbs/09a_cli.ipynb #09a-c1a4
 def _rank(l): return f"{l['rank']:,}" if l['rank'] else '-'
 
 def _kinds(layers):
     "A table with one line for each kind of projection."
     kinds = {}
-    for l in layers: kinds.setdefault(l['name'].rpartition('.')[2], []).append(l)
+    for l in layers:
+        name = l['name'].removesuffix('.weight')
+        kinds.setdefault(name.rpartition('.')[2], []).append(l)
+    if 'bits' in layers[0]: return _coded_kinds(kinds)
     error = 'error' in layers[0]
     rows = [['projection', 'layers', 'rank', 'density', *(['error'] if error else [])]]
     for name,ls in kinds.items():
@@ -350,6 +401,7 @@ def _kinds(layers):
 
 def _every(layers):
     "A table with one line for each layer."
+    if 'bits' in layers[0]: return _coded(layers)
     error = 'error' in layers[0]
     rows = [['layer', 'role', 'rank', 'density', *(['error'] if error else []), 'group']]
     for l in layers:
@@ -359,6 +411,8 @@ def _every(layers):
 
 _MEANING = """\
 rank: columns of the shared basis; density: share of non-zero entries of the projection"""
+_CODES = """\
+zeros: share of codes that are zero; step: median distance between the values of two codes"""
 _ERROR = """;
 error: of the layer's outputs, relative, before distillation"""
 
@@ -372,14 +426,16 @@ def _worst(layers, n=3):
 def _info_text(o, every):
     "The sizes and the layers of a folder."
     made = f", preset {o['preset']}, seed {o['seed']}" if 'preset' in o else ''
-    lines = [f"{o['model']}: {o['arch']}{made}, {o['bytes']:,} bytes on disk."]
+    bits = f", {o['bits']:.2f} bits per parameter" if 'bits' in o else ''
+    lines = [f"{o['model']}: {o['arch']}{made}, {o['bytes']:,} bytes on disk{bits}."]
     if 'mlp_params' in o:
         o = o | dict(targets=(o.get('config') or {}).get('targets', 'mlp'))
         lines += ['', *_columns(_sizes(o))]
     if layers := o.get('layers'):
         lines += ['', *(_every(layers) if every else _kinds(layers)), '']
-        lines += [] if every else _sentences(_worst(layers))
-        lines.append(_MEANING + _ERROR)
+        coded = 'bits' in layers[0]
+        lines += [] if every or coded else _sentences(_worst(layers))
+        lines.append(_CODES if coded else _MEANING + _ERROR)
     return '\n'.join(lines)
 
 def _info(a):

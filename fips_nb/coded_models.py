@@ -660,7 +660,6 @@ def _look_ahead(model, dense, batches, nbytes, asked, run):
     epochs = EPOCHS if asked is None else asked
     expected,operations = coding_seconds(dense, batches, epochs, run.device)
     epochs,notes = _epochs_here(operations, asked, run.device)
-    if run.progress: tqdm.write(f"about {expected:.0f} s expected", file=sys.stderr)
     if run.state is None: return epochs, notes, expected, {}
     return epochs, notes, expected, fingerprint(model, nbytes=nbytes, epochs=epochs, seed=run.seed)
 
@@ -669,6 +668,7 @@ def code_model(
     batches, # calibration batches without labels, see feed
     nbytes:int, # of model.safetensors, reached from below; see bits_to_bytes
     distill_epochs:int|None=None, # passes of distillation; None: EPOCHS, if they take no hours
+    tell=None, # called with the expected seconds and the passes, before work starts
     **settings, # fields of Run: seed, device, state, resume, progress
 ) -> Compressed: # rounded copy of the model, and its report
     "Round every matrix of `model` so that its file takes at most `nbytes`."
@@ -678,6 +678,7 @@ def code_model(
     if not (batches := list(batches)): raise ValueError("there is no calibration data")
     dense = share_tensors(model, run.device, wide=True)
     epochs,notes,expected,depends = _look_ahead(model, dense, batches, nbytes, distill_epochs, run)
+    if tell: tell(expected, epochs)
     job = _Coding(dense, copy.deepcopy(dense), batches, nbytes, run)
     with open_state(run.state, depends, batches, run.resume) as state:
         got,losses = job.rounded(state.part('codes', job.round)), None

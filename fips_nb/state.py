@@ -163,7 +163,7 @@ class State:
         return out
 
 # %% ../nbs/03c_state.ipynb #03c-021
-_PARTS = r'(moments-\d+|group-\d+|distillation)\.safetensors'
+_PARTS = r'(moments-\d+|group-\d+|codes|distillation)\.safetensors'
 _PRINT = 'fingerprint.json'
 
 class _Run(msgspec.Struct):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import fips_nb.transformers_folders  # noqa: F401 (registers the format with transformers)
-from fips_nb import pipeline, planner
+from fips_nb import coded_models, pipeline, planner
 from fips_nb.budgets import configure
 from fips_nb.cli import main
 from fips_nb.models import is_text_model
@@ -161,9 +161,34 @@ def test_target_bytes(lm, tmp_path, capsys):
             assert status == 0, err
             assert .9 * ours < out['mlp_bytes'] <= ours
             assert (out['plan'] is None) == (preset == 'pruning')
-    few = ['--target-bytes', 1000, '--out', tmp_path / 'x']
+    few = ['--target-bytes', 1000, '--preset', 'fips-als', '--out', tmp_path / 'x']
     status, _, err = fips(capsys, 'compress', *words[:-1], *few)
     assert status == 2 and 'best possible' in err
+
+
+def test_bits(lm, tmp_path, capsys, monkeypatch):
+    "Rounded to a size, whole or after an interruption; opened by transformers; too small a size named."
+    words = ['compress', lm / 'llama', '--calib', lm / 'text.txt', '--n-calib', 8, '--json']
+    given = [*words, '--bits', 7, '--distill-epochs', 1, '--out']
+    status, made, err = fips(capsys, *given, tmp_path / 'coded')
+    assert status == 0 and 'by rounding to' in err, err
+    assert 6.9 < made['bits'] <= 7 and made['preset'] == 'rounding'
+    assert made['bytes'] == (tmp_path / 'coded/model.safetensors').stat().st_size
+    size = ['--target-bytes', made['target_bytes'], '--distill-epochs', 1, '--out', tmp_path / 'cut']
+    with monkeypatch.context() as m:
+        m.setattr(coded_models, 'distill_codes', interrupt)
+        status, _, err = fips(capsys, *words, *size)
+        assert status == 130 and '--resume' in err and (tmp_path / 'cut.state/codes.safetensors').exists()
+    assert fips(capsys, *words, *size, '--resume')[0] == 0
+    same_tensors(tmp_path / 'cut', tmp_path / 'coded')
+    net = tf.AutoModelForCausalLM.from_pretrained(tmp_path / 'coded')
+    said = fips(capsys, 'info', tmp_path / 'coded', '--json', '--plot', tmp_path / 'bits.png')[1]
+    assert said['bits'] == made['bits'] and (tmp_path / 'bits.png').stat().st_size > 10_000
+    shapes = {l['name']: l['shape'] for l in said['layers']}
+    assert shapes['model.layers.0.mlp.up_proj.weight'] == list(net.model.layers[0].mlp.up_proj.weight.shape)
+    assert 'bits per weight' in fips(capsys, 'info', tmp_path / 'coded', '--layers')[1]
+    status, _, err = fips(capsys, *words[:-1], '--bits', .5, '--out', tmp_path / 'x')
+    assert status == 2 and 'the least possible is' in err and not (tmp_path / 'x').exists()
 
 
 def interrupt(*a, **k):
@@ -263,6 +288,12 @@ def test_encoder(lm, tmp_path, capsys):
     ('compress LM/llama --out OUT --calib LM/text.txt --plan nowhere.json', 'no plan nowhere.json'),
     ('compress LM/llama --out OUT --calib LM/text.txt --plan nowhere.json --preset svd',
      '--plan is for the preset fips-als'),
+    ('compress LM/llama --out OUT --calib LM/text.txt --bits 4 --budget 0.5', 'not allowed with'),
+    ('compress LM/llama --out OUT --calib LM/text.txt --bits 0', 'outside (0, 16)'),
+    ('compress LM/llama --out OUT --calib LM/text.txt --bits nan', 'outside (0, 16)'),
+    ('compress LM/llama --out OUT --calib LM/text.txt --bits 4 --targets mlp', 'is for factors'),
+    ('compress LM/llama --out OUT --calib LM/text.txt --bits 4 --preset svd', '--target-bytes or'),
+    ('compress LM/llama --out OUT --calib LM/text.txt --preset rounding', '--bits or --target'),
     ('plan LM/llama --calib LM/text.txt',
      'one of the arguments --budget --target-ratio --target-bytes is required'),
     ('plan LM/llama --target-ratio 0.8', '--calib FILE'),
