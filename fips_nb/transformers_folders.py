@@ -248,10 +248,10 @@ class FipsConfig(QuantizationConfigMixin):
         note:str='', # for those who read config.json
     ):
         check_version(version, 'config.json')
-        groups = list(groups) if isinstance(groups, tuple) else groups # of JSON, or the default
+        groups,coded = (list(x) if isinstance(x, tuple) else x for x in (groups, coded)) # of JSON
         conform(groups, list[LayerGroupEntry], 'the records of config.json')
         check_groups(groups, 'the records of config.json')
-        self.coded = conform(list(coded), list[Name], 'the coded parameters of config.json')
+        self.coded = conform(coded, list[Name], 'the coded parameters of config.json')
         unique(self.coded, 'config.json', 'the coded parameter')
         self.note = NOTE
         self.quant_method, self.version, self.fips_nb = quant_method, version, fips_nb

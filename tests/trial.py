@@ -206,6 +206,12 @@ def made_up(folder, way, state):
     return not same(state, open_folder(folder, way).state_dict())
 
 
+def of_fips(folder):
+    "Whether the configuration still names the format; transformers reads others without the package, and says so."
+    about = json.loads((folder/"config.json").read_text()).get("quantization_config")
+    return not isinstance(about, dict) or about.get("quant_method") == "fips"
+
+
 def within_package(error):
     "Whether `error` came by way of code of fips_nb: transformers reads config.json before it asks us."
     frames = traceback.extract_tb(error.__traceback__)
@@ -224,7 +230,8 @@ def outcome(folder, way, honest):
     if way == "info": return "described"
     state = model.state_dict()
     if not all(torch.isfinite(t).all() for t in state.values()): return "loaded, not finite"
-    if made_up(folder, way, state): return "loaded, structure missing"
+    if made_up(folder, way, state):
+        return "loaded, structure missing" if of_fips(folder) else "loaded, not as a folder of fips_nb"
     try:
         with torch.no_grad(): y = model(example(model))
     except Exception as e: return f"loaded, forward {type(e).__name__}"
@@ -241,12 +248,14 @@ def peak():
     return read("VmRSS"), read("VmHWM")
 
 
+WAYS = {True: ("load", "load", "load", "info"), False: ("load", "from_pretrained", "from_pretrained", "info")}  # of timm
+
+
 def one_folder(seed, folders, honest, root):
     "Mutate one of `folders` by `seed`, open it, and say what came of it."
     r = random.Random(seed)
     name = r.choice(sorted(folders))
-    ways = ("load", "load", "load", "info") if "timm" in name else ("load", "from_pretrained", "from_pretrained", "info")
-    way, m = r.choice(ways), root/f"{name}-{os.getpid()}"
+    way, m = r.choice(WAYS["timm" in name]), root/f"{name}-{os.getpid()}"
     shutil.copytree(folders[name], m)
     try:
         mutate(r, m)
@@ -503,7 +512,7 @@ def run(what, n=100, seed=0):
 
 GOOD = ("refused", "described", "loaded, the same", "loaded, other values", "loaded, overflow in forward", "read, the same",
         "read, another plan", "read, refused by compress", "as without a kill", "saved, old or new complete",
-        "refused, old or new complete", "refused by transformers itself")
+        "refused, old or new complete", "refused by transformers itself", "loaded, not as a folder of fips_nb")
 
 
 def bad(report): return [c for c in report["counts"] if c["outcome"] not in GOOD]
@@ -522,6 +531,18 @@ def recorded(a):
                   folder=Path(__file__).parents[1]/"results")
 
 
+def one(seed):
+    "Open the folder of one case, and keep it."
+    root = Path(tempfile.mkdtemp())
+    folders, kept, r = make_folders(root), root/"case", random.Random(seed)
+    name = r.choice(sorted(folders))
+    r.choice(WAYS["timm" in name])
+    shutil.copytree(folders[name], kept)
+    mutate(r, kept)
+    print(f"{name} in {kept}")
+    hub.load(kept)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("what", choices=TRIALS)
@@ -530,6 +551,7 @@ def main():
     p.add_argument("--one", action="store_true", help="of folders: the case with this seed alone, and its folder kept")
     p.add_argument("--record", action="store_true", help="keep the report in results/trial.json")
     a = p.parse_args()
+    if a.one: return one(a.seed)
     out = recorded(a) if a.record else run(a.what, a.n, a.seed)
     for c in out["counts"]: print(f"{c['n']:7}  {c['kind']:10} {c['way']:16} {c['outcome']}")
     print({k: v for k, v in out.items() if k not in ("counts", "made", "key")})
