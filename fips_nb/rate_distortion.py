@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOTAL', 'SPAN', 'SPARE', 'PER_OCTAVE', 'BIT_PRICE', 'LEAST', 'MOST', 'FLOOR', 'least_error', 'least_rate',
-           'triangular', 'sweep', 'Table', 'fit_table', 'magnitudes', 'steps_of', 'class_range', 'Codes',
+           'triangular', 'sweep', 'law_shares', 'Table', 'fit_table', 'magnitudes', 'steps_of', 'class_range', 'Codes',
            'class_numbers', 'class_tables', 'code_bits', 'check_weight', 'round_weight', 'step_exponents',
            'round_to_rate']
 
@@ -97,6 +97,10 @@ def _laws():
     "The distributions in units of 2^-24, and the bits of each magnitude."
     laws = (_shares()*2**24).round().long()
     return laws, -(laws.clamp(min=1)/2**24).log2().float()
+
+def law_shares() -> torch.Tensor: # (laws, SPAN), int64
+    "Probabilities of the magnitudes from 1 to `SPAN` under every law, in units of 2^-24."
+    return _laws()[0]
 
 # %% ../nbs/02d_rate_distortion.ipynb #02d-c044
 @dataclass(frozen=True)

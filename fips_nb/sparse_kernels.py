@@ -422,7 +422,8 @@ def _open():
     except (RuntimeError, OSError) as e:
         return _say(f"no sparse kernels, packed layers run dense: {e}")
     at,n,code = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int # pointers, sizes, types of tensors
-    lib.fips_decode.argtypes = [at, n, at, n, at, code, code, at, n, at, n, at, n, at, code, at]
+    lib.fips_decode.argtypes = [at, n, at, n, at, code, code, at, n, at, n, at, n, at, n, at, code,
+                                at]
     lib.fips_encode.argtypes,lib.fips_encode.restype = [at, at, n, at, at, at, n, at], n
     for f in (lib.fips_csr, lib.fips_tiles):
         f.argtypes = [at, code, at, at, n, n, n, at, code, n, n, at, n, at, code, code]

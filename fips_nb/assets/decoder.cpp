@@ -32,13 +32,32 @@ template<class F> bool decode_rows(Stream s, const int16_t* rows, int64_t out, c
 template<class T> auto scaled(T* y, const float* steps, const int16_t* rows, const int16_t* columns, int64_t in) {
   return [=](int64_t o, int64_t i, int q) { put(y + o*in + i, q*steps[rows[o] + columns[i]]); };
 }
+// a row of `tables` is zero, reach, law, escapes, as class Table of rate_distortion.py has them; `laws` has `span` shares for each law
+vector<uint32_t> slots(const int32_t* tables, int64_t n, const int64_t* laws, int64_t span) {
+  vector<uint32_t> out(n << 12);
+  for (int64_t t = 0; t < n; t++, tables += 4) {
+    const int64_t zero = tables[0], reach = tables[1], escapes = tables[3], *w = laws + tables[2]*span;
+    const int64_t half = max(reach, (4096 - zero - escapes)/2);
+    int64_t sum = 0, left = half;
+    for (int64_t k = 0; k < reach; k++) sum += w[k];
+    const auto share = [&](int64_t k) { return 1 + w[k]*(half - reach)/max(int64_t(1), sum); };
+    for (int64_t k = 0; k < reach; k++) left -= share(k);
+    uint32_t* at = out.data() + (t << 12);
+    const auto put = [&](int q, int64_t f) { for (int64_t i = 0; i < f; i++) *at++ = uint32_t(uint8_t(q)) | uint32_t(f - 1) << 8 | uint32_t(i) << 20; };
+    put(0, 4096 - 2*half - escapes);
+    for (int64_t k = 0; k < reach; k++) { const int64_t f = share(k) + (k ? 0 : left); put(int(k) + 1, f); put(-int(k) - 1, f); }
+    put(-128, escapes);
+  }
+  return out;
+}
 } // namespace
 
 // codes as int16 (type -1), or times their steps, which `steps` holds for every sum of exponents from 0; returns 1 if the code does not end where it should
-extern "C" int fips_decode(const uint16_t* words, int64_t n_words, uint32_t* states, int64_t lanes, const uint32_t* table, int low, int high,
-                           const int16_t* escapes, int64_t n_escapes, const int16_t* rows, int64_t out, const int16_t* columns, int64_t in,
+extern "C" int fips_decode(const uint16_t* words, int64_t n_words, uint32_t* states, int64_t lanes,
+                           const int32_t* tables, int low, int high, const int64_t* laws, int64_t span, const int16_t* escapes, int64_t n_escapes, const int16_t* rows, int64_t out, const int16_t* columns, int64_t in,
                            const float* steps, int type, void* y) {
-  const Stream s{words, words + n_words, states, lanes, table, low, high, escapes, escapes + n_escapes};
+  const vector<uint32_t> table = slots(tables, high - low + 1, laws, span);
+  const Stream s{words, words + n_words, states, lanes, table.data(), low, high, escapes, escapes + n_escapes};
   if (type < 0) return !decode_rows(s, rows, out, columns, in, [=](int64_t o, int64_t i, int q) { ((int16_t*)y)[o*in + i] = int16_t(q); });
   if (type == 0) return !decode_rows(s, rows, out, columns, in, scaled((float*)y, steps, rows, columns, in));
   if (type == 1) return !decode_rows(s, rows, out, columns, in, scaled((f16*)y, steps, rows, columns, in));
