@@ -128,8 +128,6 @@ class _Reader:
     def unpack(self, form): return struct.unpack(form, self.take(struct.calcsize(form)))
     def numbers(self, kind, n): return np.frombuffer(self.take(n*np.dtype(kind).itemsize), kind)
 
-_KINDS = {torch.int16: -1, torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-
 class Stream:
     "One stream of a code, checked as far as its head goes."
     def __init__(self,
@@ -153,24 +151,6 @@ class Stream:
     @property
     def high(self): return self.low + len(self.tables) - 1
 
-    def into(self,
-        out:torch.Tensor, # (rows, columns), filled
-        exponents:tuple, # int16 of the rows and of the columns
-        steps:torch.Tensor=torch.empty(0), # of every sum of exponents from 0, unless out is int16
-        base:int=0, # what was taken off the sums
-    ) -> bool:
-        "Decode by the compiled decoder; whether there is one."
-        if (lib := library()) is None: return False
-        rows,columns = (np.ascontiguousarray(e, np.int16) for e in exponents)
-        tables = np.array([(t.zero, t.reach, t.law, t.escapes) for t in self.tables], np.int32)
-        states,laws,at = self.states.copy(), law_shares(), lambda x: x.ctypes.data
-        if lib.fips_decode(at(self.words), len(self.words) - 1, at(states), len(states),
-                           at(tables), self.low - base, self.high - base, laws.data_ptr(), SPAN,
-                           at(self.escapes), len(self.escapes), at(rows), len(rows), at(columns),
-                           len(columns), steps.data_ptr(), _KINDS[out.dtype], out.data_ptr()):
-            raise ValueError("the code does not end where it should")
-        return True
-
     def symbols(self,
         number, # class of each, flat
     ):
@@ -182,6 +162,22 @@ class Stream:
         out[far] = self.escapes
         return out
 
+# %% ../nbs/04g_entropy_coding.ipynb #04g-031
+_KINDS = {torch.int16: -1, torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+def _decode_into(s, out, exponents, steps=torch.empty(0), base=0):
+    "Decode `s` into `out` by the compiled decoder, if there is one; `steps` are those from `base` on."
+    if (lib := library()) is None: return False
+    rows,columns = (np.ascontiguousarray(e, np.int16) for e in exponents)
+    tables = np.array([(t.zero, t.reach, t.law, t.escapes) for t in s.tables], np.int32)
+    states,laws,at = s.states.copy(), law_shares(), lambda x: x.ctypes.data
+    if lib.fips_decode(at(s.words), len(s.words) - 1, at(states), len(states),
+                       at(tables), s.low - base, s.high - base, laws.data_ptr(), SPAN,
+                       at(s.escapes), len(s.escapes), at(rows), len(rows), at(columns),
+                       len(columns), steps.data_ptr(), _KINDS[out.dtype], out.data_ptr()):
+        raise ValueError("the code does not end where it should")
+    return True
+
 # %% ../nbs/04g_entropy_coding.ipynb #04g-030
 def _exponents_of(reader, n):
     "Exponents of the rows and columns of a matrix of the shape `n`."
@@ -190,7 +186,7 @@ def _exponents_of(reader, n):
     steps = Stream(reader)
     if (k := len(steps.tables)) != 2: raise ValueError(f"exponents in {k} classes, not 2")
     number,e = np.arange(sum(n)) >= n[0], torch.empty(1, sum(n), dtype=torch.int16)
-    done = steps.into(e, (np.zeros(1), number), base=steps.low)
+    done = _decode_into(steps, e, (np.zeros(1), number), base=steps.low)
     e = (e.numpy()[0] if done else steps.symbols(number)) + np.repeat(bases, n)
     if np.abs(e).max() > 400: raise ValueError(f"a step of 2^({np.abs(e).max()}/4)")
     return np.split(e.astype(np.int16), [n[0]])
@@ -214,7 +210,7 @@ class Coded:
         "The codes of the matrix."
         out = torch.empty(self.shape, dtype=torch.int16)
         c = Codes(out, torch.from_numpy(self.rows), torch.from_numpy(self.columns))
-        if self.stream.into(out, (self.rows, self.columns)): return c
+        if _decode_into(self.stream, out, (self.rows, self.columns)): return c
         number = class_numbers(c, self.stream.low, self.stream.high).flatten().numpy()
         out = torch.from_numpy(self.stream.symbols(number)).view(out.shape)
         return Codes(out, c.rows, c.columns)
@@ -226,5 +222,6 @@ class Coded:
         low = self.rows.min(), self.columns.min()
         base,top = (int(r) + int(c) for r,c in (low, (self.rows.max(), self.columns.max())))
         out,steps = torch.empty(self.shape, dtype=dtype), steps_of(torch.arange(base, top + 1))
-        done = self.stream.into(out, (self.rows - low[0], self.columns - low[1]), steps, base)
+        places = self.rows - low[0], self.columns - low[1]
+        done = _decode_into(self.stream, out, places, steps, base)
         return out if done else self.codes().weight().to(dtype)
