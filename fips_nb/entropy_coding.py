@@ -166,7 +166,7 @@ class Stream:
 _KINDS = {torch.int16: -1, torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 def _decode_into(s, out, exponents, steps=torch.empty(0), base=0):
-    "Decode `s` into `out` by the compiled decoder, if there is one; `steps` are those from `base` on."
+    "Decode `s` into `out` by the compiled decoder, if there is one; the first step is of `base`."
     if (lib := library()) is None: return False
     rows,columns = (np.ascontiguousarray(e, np.int16) for e in exponents)
     tables = np.array([(t.zero, t.reach, t.law, t.escapes) for t in s.tables], np.int32)
