@@ -778,16 +778,18 @@ def bench(
     batch:tuple=(1,), # images, or tokens of a text, to be fast for at once
     budget:float|None=None, # of a model name: share of the MLPs' parameters to keep; None takes 0.5
     sparsity:float|None=None, # of a model name: share of zeros; None follows from the budget
-    prefer:str='time', # keep the fastest format of a layer, or with 'memory' the smallest that pays
+    prefer:str='time', # keep the fastest format of a layer or mode of a coded model; or 'memory'
     device:str='cpu', # where to run
-) -> dict: # milliseconds, resident bytes and formats for each batch
-    "Time the packed model against the dense one, here."
+) -> dict: # milliseconds, resident bytes, and formats or modes, for each batch
+    "Time the packed model, or a coded one in every mode, against the dense one, here."
+    from fips_nb.coded_memory import bench_modes
     from fips_nb.packing import bench as time_packed
     text,where = is_text_model(model), _device(device)
     net,budget = _model_to_time(model, text, budget, sparsity)
     net.to(where)
     inputs = {n: _example(net, n, text, where) for n in batch}
-    return dict(model=model, budget=budget, prefer=prefer, **time_packed(net, inputs, prefer))
+    timed = bench_modes if hasattr(net, 'fips_codes') else time_packed
+    return dict(model=model, budget=budget, prefer=prefer, **timed(net, inputs, prefer))
 
 # %% ../nbs/09_commands.ipynb #09-c173
 def export(

@@ -10,7 +10,8 @@ __all__ = ['REST', 'FORMAT', 'VERSION', 'FILES', 'Dtype', 'Order', 'Codec', 'WID
            'round_rest', 'of_transformers', 'is_ours', 'check_target', 'swap_in', 'LinearEntry', 'GroupPart',
            'GroupEntry', 'LayerEntry', 'LayerGroupEntry', 'check_groups', 'check_depth', 'check_plain', 'check_version',
            'read_config', 'header', 'check_claims', 'check_nonzeros', 'bounded_build', 'check_tables', 'refusing',
-           'decoded', 'codes_of', 'check_decoded', 'shard_files', 'folder_bytes', 'file_parts', 'dense_bytes']
+           'decoded', 'check_compressed', 'codes_of', 'check_decoded', 'shard_files', 'folder_bytes', 'file_parts',
+           'dense_bytes']
 
 # %% ../nbs/07_folder_format.ipynb #07-003
 import math
@@ -580,6 +581,17 @@ def decoded(
         return W.view(tuple(shape)).to(dtype)
 
 # %% ../nbs/07_folder_format.ipynb #07-c083
+def check_compressed(
+    model:nn.Module, # any model
+):
+    "Refuse to save a model that is not compressed, or whose weights are not at hand."
+    name = type(model).__name__
+    if mode := getattr(model, 'fips_mode', None):
+        raise ValueError(f"this {name} is held in memory as {mode} and cannot be saved; load its "
+                         "folder again, and save that")
+    if not factor_layers(model) and not getattr(model, 'fips_codes', None):
+        raise ValueError(f"this {name} has no factorised layers and no codes; compress it first")
+
 def codes_of(
     model:nn.Module, # any model
 ) -> dict: # name of a parameter -> code

@@ -164,7 +164,8 @@ def resident_bytes(
 ) -> int: # bytes
     "Count what the tensors of `model` take in memory: shared ones once, cached products included."
     cached = [f.cached for f in factor_layers(model).values() if f.cached is not None]
-    ts = [*model.parameters(), *model.buffers(), *cached]
+    codes = getattr(model, 'fips_codes', {}).values() # kept beside the weights that they stand for
+    ts = [*model.parameters(), *model.buffers(), *cached, *codes]
     storages = [t.untyped_storage() for t in ts if t.numel()]
     sizes = {s.data_ptr(): s.nbytes() for s in storages}
     outside = sum(m.nbytes() - sum(b.nbytes for b in m.buffers()) # 2:4 on a GPU
@@ -276,7 +277,7 @@ def _bench_row(model, dense, batch, inputs, options):
     device = next(model.parameters()).device
     ms = stopwatch(calls, options['repeats'], device=device)
     kinds = list(choices['layers'].values())
-    return dict(batch=batch, dense_ms=ms['dense'], packed_ms=ms['packed'],
+    return dict(batch=batch, mode='packed', dense_ms=ms['dense'], packed_ms=ms['packed'],
                 ratio=ms['dense']/ms['packed'], resident_bytes=resident_bytes(packed),
                 formats={k: kinds.count(k) for k in dict.fromkeys(kinds)})
 

@@ -412,7 +412,7 @@ def _open():
     home = Path(os.environ.get('XDG_CACHE_HOME') or '.') # a relative one does not count
     folder = (home if home.is_absolute() else Path.home()/'.cache')/'fips_nb'
     assets = files('fips_nb')/'assets'
-    source = ''.join((assets/f'{k}.cpp').read_text() for k in ('kernels', 'decoder'))
+    source = ''.join((assets/f'{k}.cpp').read_text() for k in ('kernels', 'decoder', 'integers'))
     try:
         try: path = _build(source, private_folder(folder))
         except OSError as e: # a home that cannot be written to, or that others can write to
@@ -425,6 +425,8 @@ def _open():
     lib.fips_decode.argtypes = [at, n, at, n, at, code, code, at, n, at, n, at, n, at, n, at, code,
                                 at]
     lib.fips_encode.argtypes,lib.fips_encode.restype = [at, at, n, at, at, at, n, at], n
+    lib.fips_to_int8.argtypes = [at, at, n, n, at, at, code]
+    lib.fips_from_int32.argtypes = [at, at, at, at, n, n, at, code]
     for f in (lib.fips_csr, lib.fips_tiles):
         f.argtypes = [at, code, at, at, n, n, n, at, code, n, n, at, n, at, code, code]
     return lib

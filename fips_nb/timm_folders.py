@@ -21,7 +21,8 @@ from . import __version__
 from .sparse_factors import FactorLinear, factor_layers
 from .state import read_meta, write_tensors
 from .folder_format import FORMAT, VERSION, all_finite, bounded_build, check_claims
-from .folder_format import check_decoded, check_finite, coded_name, codes_of, decoded
+from .folder_format import check_compressed, check_decoded, check_finite
+from .folder_format import coded_name, codes_of, decoded
 from .folder_format import check_nonzeros, check_tables, dtype_name, dtype_named, header
 from .folder_format import group_record, in_order, layer_groups, linear_record, main_dtype
 from .folder_format import outside, pack_values, refusing, store_rest, swap_in, unpack_values
@@ -268,9 +269,7 @@ def write(
     rest:str='16bit', # how everything else is stored: 16bit or keep
 ) -> Path: # folder
     "Write `model` to `folder` as `model.safetensors` and `config.json`."
-    if not factor_layers(model) and not getattr(model, 'fips_codes', None):
-        raise ValueError(f"this {type(model).__name__} has no factorised layers and no codes; "
-                         "compress it first")
+    check_compressed(model)
     made, fresh = origin(model, arch, model_args)
     tensors, about, error = _packed(model, fresh, dtype, rest)
     report = report or getattr(model, 'fips_config', {}).get('report')

@@ -30,7 +30,8 @@ from .schema import Name, conform, parse_json, unique
 from .sparse_factors import FactorLinear, factor_layers, to_dense
 from .pipeline import Compressed
 from .folder_format import FILES, VERSION, LayerGroupEntry, all_finite, bounded_build
-from .folder_format import check_claims, check_decoded, check_depth, check_finite
+from .folder_format import check_claims, check_compressed, check_decoded
+from .folder_format import check_depth, check_finite
 from .folder_format import check_groups, coded_name, codes_of, decoded
 from .folder_format import check_nonzeros, check_rest, check_tables
 from .folder_format import check_target, check_version, dtype_name
@@ -472,9 +473,7 @@ def attach(
 ): # the model
     "Let the model's own `save_pretrained` and `push_to_hub` write its factors."
     if isinstance(model, Compressed): model, report = model.model, report or model.report
-    if not factor_layers(model) and not getattr(model, 'fips_codes', None):
-        raise ValueError(f"this {type(model).__name__} has no factorised layers and no codes; "
-                         "compress it first")
+    check_compressed(model)
     old = getattr(model, 'hf_quantizer', None)
     if old is not None:
         method = old.quantization_config.quant_method

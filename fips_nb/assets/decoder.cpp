@@ -1,5 +1,7 @@
 // A decoder and an encoder of coded matrices, for fips_nb/entropy_coding.py; compiled behind kernels.cpp, whose types it uses.
+#include <vector>
 namespace {
+using std::vector;
 // Interleaved ANS: symbol p belongs to lane p % lanes; states of 32 bits, words of 16, frequencies of 4096 in all.
 // An entry of a table, one for each of 4096 slots: the code in 8 bits (-128: see escapes), its frequency less 1, and the slot's place in it.
 struct Stream { const uint16_t* word; const uint16_t* end; uint32_t* state; int64_t lanes; const uint32_t* table; int low, high; const int16_t* escape; const int16_t* last; };

@@ -5,14 +5,13 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
-#include <vector>
 #if defined(__F16C__) || defined(__AVX512BW__)
 #include <immintrin.h>
 #endif
 extern "C" void GOMP_parallel(void (*)(void*), void*, unsigned, unsigned) __attribute__((weak));
 #define ONCE __attribute__((noinline)) // one copy, so that sums are rounded alike on one thread and on many
 namespace {
-using std::min; using std::max; using std::vector;
+using std::min; using std::max;
 struct f16 { uint16_t u; }; struct bf16 { uint16_t u; }; // dtype codes: 0 float, 1 f16, 2 bf16
 
 inline float get(const float* p) { return *p; }

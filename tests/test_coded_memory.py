@@ -1,0 +1,141 @@
+"""Coded models in their modes: what they put out, what they take, and what is refused."""
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fips_nb import coded_memory, hub
+from fips_nb.coded_memory import Int8Embedding, Int8Linear, bench_modes, hold_as, int8_product
+from fips_nb.entropy_coding import encode
+from fips_nb.packing import resident_bytes
+from fips_nb.rate_distortion import Codes
+
+
+def by_hand(module, limit=7, big=()):
+    "Codes for all matrices of `module`, put into it; codes at `big` are larger than 8 bits."
+    module.fips_codes, g = {}, torch.Generator().manual_seed(0)
+    for k, p in module.named_parameters():
+        if p.ndim < 2: continue
+        q = torch.randint(-limit, limit + 1, p.shape, generator=g).to(torch.int16)
+        for at in big: q[at] = 300
+        c = Codes(q, *(torch.full((n,), -12, dtype=torch.int16) for n in q.shape))
+        p.data, module.fips_codes[k] = c.weight().to(p.dtype), encode(c)
+    return module.eval()
+
+
+def coded_llama(tied, dtype=torch.float32):
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=tied)).to(dtype)
+    return by_hand(model), torch.randint(0, 128, (2, 16), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [True, False])
+def test_language_model(tied, dtype):
+    model, x = coded_llama(tied, dtype)
+    want, n = model(x).logits, len(model.fips_codes)
+    coded, int8 = (hold_as(copy.deepcopy(model), m) for m in ("coded", "int8"))
+    assert torch.equal(coded(x).logits, want)
+    assert (int8(x).logits - want).norm() < .05*want.norm()
+    layers = [m for m in int8.modules() if isinstance(m, Int8Linear)]
+    assert len(layers) == 15 and isinstance(int8.model.embed_tokens, Int8Embedding)
+    shared = int8.lm_head.q.data_ptr() == int8.model.embed_tokens.q.data_ptr()
+    assert shared == tied and n == 15 + (not tied)
+    sizes = [resident_bytes(m) for m in (coded, int8, hold_as(model, "dense"))]
+    assert sizes == sorted(sizes) and sizes[0] < .5*sizes[2]
+    torch.testing.assert_close(int8.lm_head.weight, model.lm_head.weight, rtol=1e-2, atol=0)
+    assert torch.equal(coded.generate(x[:, :4], max_new_tokens=8, do_sample=False),
+                       model.generate(x[:, :4], max_new_tokens=8, do_sample=False))
+    assert int8.generate(x[:, :4], max_new_tokens=8, do_sample=False).shape[1] == 12
+
+
+def test_dtype_follows():
+    model, x = coded_llama(False)
+    coded = hold_as(model, "coded").to(torch.bfloat16)
+    assert coded(x).logits.dtype == coded.lm_head.weight.dtype == torch.bfloat16
+    int8 = hold_as(coded_llama(False)[0], "int8")
+    steps = int8.lm_head.rows.clone()
+    int8.to(torch.bfloat16)
+    assert int8(x).logits.dtype == torch.bfloat16 and torch.equal(int8.lm_head.rows, steps)
+
+
+def test_attention_that_reads_weights():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.last = nn.MultiheadAttention(32, 4, batch_first=True), nn.Linear(32, 32)
+        def forward(self, x): return self.last(self.attention(x, x, x, need_weights=False)[0])
+    torch.manual_seed(0)
+    net, x = by_hand(Net()), torch.randn(2, 5, 32)
+    want = net(x)
+    for mode, most in (("coded", 1e-6), ("int8", .05)):
+        held = hold_as(copy.deepcopy(net), mode)
+        with torch.no_grad(): assert (held(x) - want).norm() <= most*want.norm()
+    assert type(held.attention.out_proj) is not Int8Linear and type(held.last) is Int8Linear
+
+
+def test_codes_beyond_eight_bits_stay_dense():
+    net = by_hand(nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 32)), big=[(3, 5)])
+    held = hold_as(net, "int8")
+    assert [type(m) for m in held] == [nn.Linear, nn.Linear]
+
+
+def test_a_changed_weight_is_kept():
+    net = by_hand(nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 32)))
+    with torch.no_grad(): net[0].weight[0, 0] += 1
+    want, x = net[0].weight.detach().clone(), torch.randn(3, 32)
+    with pytest.warns(UserWarning, match="have changed"): held = hold_as(copy.deepcopy(net), "coded")
+    assert torch.equal(held[0].weight, want) and torch.equal(held(x), net(x))
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_products(compiled, monkeypatch):
+    if not compiled: monkeypatch.setattr(coded_memory, "library", lambda: None)
+    g = torch.Generator().manual_seed(0)
+    for n, i, o in ((1, 1, 1), (3, 17, 5), (600, 64, 48), (0, 8, 4)):
+        x, q = torch.randn(n, i, generator=g), torch.randint(-127, 128, (o, i), generator=g).to(torch.int8)
+        rows, columns, b = (torch.rand(k, generator=g) + .1 for k in (o, i, o))
+        want = x@(q*columns*rows[:, None]).T + b
+        y = int8_product(x, q, rows, columns, b)
+        assert y.shape == want.shape and (y - want).norm() <= .02*want.norm() + 1e-6
+    x = torch.randn(3, 64, generator=g)
+    x[0], x[1, 3] = 0, float("inf")
+    q = torch.ones(2, 64, dtype=torch.int8)
+    y = int8_product(x, q, torch.ones(2), torch.ones(64))
+    assert (y[0] == 0).all() and y[1].isnan().all() and y[2].isfinite().all()
+
+
+def test_threads(monkeypatch):
+    x, q = torch.randn(2000, 64), torch.randint(-127, 128, (48, 64)).to(torch.int8)
+    one = int8_product(x, q, torch.ones(48), torch.ones(64))
+    torch.set_num_threads(3)
+    try: assert torch.equal(int8_product(x, q, torch.ones(48), torch.ones(64)), one)
+    finally: torch.set_num_threads(1)
+
+
+def test_refusals(tmp_path):
+    net = by_hand(nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 32)))
+    with pytest.raises(ValueError, match="'fast' is not one of dense, int8, coded"): hold_as(net, "fast")
+    with pytest.raises(ValueError, match="no codes"): hold_as(nn.Linear(3, 3), "int8")
+    with pytest.raises(ValueError, match="'size' is not 'time' or 'memory'"): bench_modes(net, {}, "size")
+    held = hold_as(copy.deepcopy(net), "int8")
+    with pytest.raises(ValueError, match="held as int8 already"): hold_as(held, "coded")
+    with pytest.raises(RuntimeError, match="no gradients"): held(torch.randn(2, 32, requires_grad=True))
+    model, _ = coded_llama(False)
+    for mode in ("coded", "int8"):
+        held = hold_as(copy.deepcopy(model), mode)
+        with pytest.raises(ValueError, match=f"in memory as {mode}"): hub.save(held, tmp_path/"x")
+    assert not (tmp_path/"x").exists()
+
+
+def test_a_loaded_folder(tmp_path):
+    model, x = coded_llama(True)
+    folder = hub.save(model, tmp_path/"m")
+    again = hub.load(folder)
+    assert torch.equal(hold_as(again, "coded")(x).logits, model(x).logits)
+    rows = bench_modes(hub.load(folder), {16: dict(input_ids=x)}, "memory", repeats=1)["rows"]
+    assert [r["mode"] for r in rows if r["choice"]] == ["coded"]
+    assert {"batch", "ms", "ratio", "resident_bytes", "difference"} <= rows[0].keys()
