@@ -1,11 +1,12 @@
 __version__ = "0.1.0"
 
-_HOME = dict(compress="pipeline", save="hub", load="hub", evaluate="evaluation")
+_HOME = dict(compress="pipeline", save="hub", load="hub", evaluate="evaluation", code_model="coded_models",
+             hold_as="coded_memory")
 __all__ = [*_HOME]
 
 
 def __getattr__(name):
-    "Import `compress`, `save`, `load` and `evaluate` when they are first asked for, so that the package stays light."
+    "Import a function of the package when it is first asked for, so that the package stays light."
     if name not in _HOME: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

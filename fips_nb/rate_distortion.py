@@ -6,7 +6,7 @@
 __all__ = ['TOTAL', 'SPAN', 'SPARE', 'PER_OCTAVE', 'BIT_PRICE', 'LEAST', 'MOST', 'FLOOR', 'least_error', 'least_rate',
            'triangular', 'sweep', 'law_shares', 'Table', 'fit_table', 'magnitudes', 'steps_of', 'class_range', 'Codes',
            'class_numbers', 'class_tables', 'code_bits', 'check_weight', 'round_weight', 'step_exponents',
-           'round_to_rate']
+           'round_to_rate', 'round_fixed']
 
 # %% ../nbs/02d_rate_distortion.ipynb #02d-c004
 import math
@@ -336,3 +336,36 @@ def round_to_rate(
         if code_bits(now) > bits: low = (low + high)/2
         else: best, high = now, (low + high)/2
     return best
+
+# %% ../nbs/02d_rate_distortion.ipynb #02d-c061
+def _grids(W, bits, group, symmetric):
+    "Scale and zero point of each output and group of inputs."
+    parts = W.float().split(group, 1)
+    low,high = (torch.stack([f(p, 1) for p in parts], 1) for f in (torch.amin, torch.amax))
+    low,high = low.clamp(max=0), high.clamp(min=0)
+    if symmetric:
+        scale = torch.maximum(-low, high)/(2**(bits - 1) - .5)
+        return _half(scale), torch.full_like(scale, 2**(bits - 1))
+    scale = _half((high - low)/(2**bits - 1))
+    return scale, (-low/scale).round().clamp(0, 2**bits - 1)
+
+def _half(scale): return scale.clamp(min=1e-7).half().float()
+
+def round_fixed(
+    W:torch.Tensor, # weight (out, in)
+    C:torch.Tensor, # second moment of its inputs (in, in)
+    bits:int, # of a code, 2 to 8
+    group:int=64, # inputs that share a scale
+    symmetric:bool=False, # no zero points: the grid is that of signed integers
+) -> tuple[torch.Tensor,float]: # weight (out, in), and bits per weight with scales and zero points
+    "Round a weight with error feedback to integers of a fixed width (GPTQ)."
+    check_weight(W, C)
+    if not (2 <= bits <= 8 and group > 0): raise ValueError(f"{bits} bits in groups of {group}")
+    order,M = triangular(C)
+    scale,zero = _grids(W, bits, group, symmetric)
+    def choose(i, w):
+        s,z = scale[:,order[i]//group], zero[:,order[i]//group]
+        return ((w/s + z).round().clamp(0, 2**bits - 1) - z)*s
+    ours = W[:,order].float()
+    rounded = (ours - sweep(ours, M, choose))[:,order.argsort()]
+    return rounded, bits + scale.numel()*(16 + bits*(not symmetric))/W.numel()
