@@ -41,7 +41,7 @@ def _start(parts, most, sparse):
 class FixedGrid:
     "A parameter that is rounded to a fixed width whenever the model runs."
     def __init__(self,
-        p:nn.Parameter, # matrix, changed in place by `put`
+        p:nn.Parameter, # matrix, changed in place by put
         bits:int, # width of a code
         group:int=64, # entries of a row that share a step
         sparse:bool=False, # zeros stay zeros

@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -119,6 +120,16 @@ def test_eval_of_a_dense_model(fips):
     said = json.loads(fips("eval", "demo-vit", "--json")[1])
     assert said["top1"] > .98 and "dense" not in said
     assert said["bytes"] == dense_bytes(demo_vit()) == pytest.approx(2*said["bytes_16"], rel=1e-3)
+
+
+@pytest.mark.parametrize("value", ["x", None, 1.5, [], -10**9])
+def test_info_of_a_report_that_says_nonsense(demo_out, tmp_path, value):
+    folder = shutil.copytree(demo_out[0], tmp_path/"m")
+    config = json.loads((folder/"config.json").read_text())
+    config["report"]["model_params"] = value
+    (folder/"config.json").write_text(json.dumps(config))
+    said = commands.info(folder)
+    assert said["model_params"] == value and "bits" not in said
 
 
 def test_info_is_the_report(fips, demo_out):
