@@ -747,9 +747,9 @@ def info(
     config = read_config(path)
     report,size = config.get('report') or {}, folder_bytes(path)
     if plot: plot_layers(report.get('layers') or [], plot)
-    counts = [s*report.get(k, 0) for k,s in _DENSE.items()]
-    known = all(type(n) is int for n in counts) and sum(counts) > 0 # a report may say anything
-    bits = dict(bits=8*size/sum(counts)) if known else {}
+    known = all(type(report.get(k, 0)) is int for k in _DENSE) # a report may say anything
+    n = sum(s*report.get(k, 0) for k,s in _DENSE.items()) if known else 0
+    bits = dict(bits=8*size/n) if n > 0 else {}
     return dict(model=str(path), arch=config['arch'], **report | dict(bytes=size, **bits))
 
 # %% ../nbs/09_commands.ipynb #09-c164
