@@ -164,12 +164,14 @@ def _drawn(out, kind, g):
 
 # %% ../nbs/04h_coded_models.ipynb #04h-024
 def _factor_cost(m, name, cost):
-    "The cost of a factor of the layer `m`, from that of its weight."
+    "The cost of a factor of the layer `m`, from that of its weight; entries of V each have one."
     U,V = m.U, m.V.detach().float()
     C,g,up = cost.C, cost.g, m.role == 'up'
     if U is None: return Cost(C, g, up)
     U = U.detach().float()
-    if name == 'V': return Cost(U.T@C@U, g, True) if up else Cost(C, U.square().T@g, False)
+    if name == 'V': # sparse: no entry can make up for the error of another
+        if up: return Cost(torch.diag(((C@U)*U).sum(0)), g, True)
+        return Cost(torch.diag(C.diagonal()), U.square().T@g, False)
     return Cost(C, V.square()@g, True) if up else Cost(torch.diag(g), ((V@C)*V).sum(1), True)
 
 def _cost(model, part, sums, n):
