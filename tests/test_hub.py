@@ -410,7 +410,7 @@ def test_truncated_and_altered(folder):
     (dict(model_args=dict(checkpoint_path="x.pth")), "checkpoint_path"),
     (dict(model_args=dict(colour=1)), "cannot be made"),
     (dict(model_args=dict(depth=3)), "does not fit"), (dict(dtype="float17"), "dtype is 'float17'"),
-    (dict(dtype="int8"), "dtype is 'int8'"), (dict(groups=[]), "groups is"),
+    (dict(dtype="int8"), "dtype is 'int8'"), (dict(groups=[]), "no factors and of no codes"),
     (dict(groups=7), "groups is 7"), (dict(groups=[7]), r"groups\[0\] is 7"),
     (dict(tied={"norm.weight": "nowhere"}), "cannot be tied"), (dict(tied=[1]), "tied is"),
     (dict(sha256="0"*63), "sha256"), (dict(bytes=-1), "bytes is -1"), (dict(num_classes="10"), "num_cl"),
