@@ -164,14 +164,13 @@ def _drawn(out, kind, g):
 
 # %% ../nbs/04h_coded_models.ipynb #04h-024
 def _factor_cost(m, name, cost):
-    "The cost of a factor of the layer `m`, from that of its weight; entries of V each have one."
+    "The cost of a factor of the layer `m`, from that of its weight."
     U,V = m.U, m.V.detach().float()
     C,g,up = cost.C, cost.g, m.role == 'up'
-    if U is None: return Cost(C, g, up)
-    U = U.detach().float()
+    if U is not None: U = U.detach().float()
     if name == 'V': # sparse: no entry can make up for the error of another
-        if up: return Cost(torch.diag(((C@U)*U).sum(0)), g, True)
-        return Cost(torch.diag(C.diagonal()), U.square().T@g, False)
+        power = C.diagonal() if U is None or not up else ((C@U)*U).sum(0)
+        return Cost(torch.diag(power), g if U is None or up else U.square().T@g, up)
     return Cost(C, V.square()@g, True) if up else Cost(torch.diag(g), ((V@C)*V).sum(1), True)
 
 def _cost(model, part, sums, n):
@@ -362,6 +361,9 @@ def check_bytes(
 ):
     "Refuse a size that needs no coding."
     n,whole = sum(p.numel() for p in model.parameters()), stored_bytes(model, {})
+    if not find_parts(model):
+        raise ValueError(f"this {type(model).__name__} has no matrix of at least {SMALL} entries, "
+                         "so there is nothing to code")
     if nbytes >= whole:
         raise ValueError(f"a file of {nbytes:,} bytes is no smaller than the model in 16 bits, "
                          f"{whole:,} bytes ({8*whole/n:.2f} bits per parameter); ask for less")

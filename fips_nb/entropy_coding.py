@@ -6,7 +6,7 @@
 __all__ = ['LANES', 'encode', 'Stream', 'Coded']
 
 # %% ../nbs/04g_entropy_coding.ipynb #04g-004
-import ctypes, struct
+import struct
 import numpy as np
 import torch
 from .rate_distortion import Codes, SPAN, Table, TOTAL, class_numbers, class_range

@@ -7,8 +7,10 @@ from torch import nn
 
 from fips_nb import coded_memory, hub
 from fips_nb.coded_memory import Int8Embedding, Int8Linear, bench_modes, hold_as, int8_product
+from fips_nb.coded_models import code_model, find_parts, measure_costs
+from fips_nb.demo import demo_images, demo_vit
 from fips_nb.entropy_coding import encode
-from fips_nb.packing import resident_bytes
+from fips_nb.packing import random_factors, resident_bytes
 from fips_nb.rate_distortion import Codes
 
 
@@ -139,3 +141,16 @@ def test_a_loaded_folder(tmp_path):
     rows = bench_modes(hub.load(folder), {16: dict(input_ids=x)}, "memory", repeats=1)["rows"]
     assert [r["mode"] for r in rows if r["choice"]] == ["coded"]
     assert {"batch", "ms", "ratio", "resident_bytes", "difference"} <= rows[0].keys()
+
+
+def test_nothing_to_code():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)).eval()
+    with pytest.raises(ValueError, match="no matrix of at least 1024 entries"): code_model(net, [torch.randn(8, 4)], 60, 0)
+
+
+@pytest.mark.parametrize("preset", ["fips-als", "pruning"])
+def test_entries_of_a_sparse_projection_do_not_make_up_for_each_other(preset):
+    model = random_factors(demo_vit(), .5, preset).float()
+    costs = measure_costs(model, [demo_images("train")[0][:32]], find_parts(model))
+    found = [(k, c.C) for k, c in costs.items() if k.endswith(".V")]
+    assert len(found) == 40 and all(torch.equal(C, torch.diag(C.diagonal())) for _, C in found)
