@@ -6,10 +6,10 @@
 __all__ = ['SMALL', 'PLAIN', 'EVEN', 'SOFTEN', 'GUARD', 'SPARE_BYTES', 'REACH', 'FASTEST', 'TRIES', 'EPOCH', 'STEP', 'LOOKS',
            'EPOCHS', 'Part', 'matrix_shape', 'find_parts', 'Cost', 'measure_costs', 'matrix_of', 'Rounder',
            'coded_name', 'file_bytes', 'stored_bytes', 'bits_to_bytes', 'check_bytes', 'Rounded', 'round_to_bytes',
-           'distill_codes', 'coding_seconds', 'layer_rates', 'bits_report', 'code_model']
+           'distill_codes', 'coding_seconds', 'passes', 'layer_rates', 'bits_report', 'code_model']
 
 # %% ../nbs/04h_coded_models.ipynb #04h-004
-import copy, dataclasses, json, math, operator, sys, time, warnings
+import copy, dataclasses, json, math, sys, time, warnings
 from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from .sparse_factors import FactorLinear
 from .statistics import feed
+from .augmentation import augment, augment_seconds, data_kind
 from .rate_distortion import BIT_PRICE, Codes, SPAN, class_numbers, class_range
 from .rate_distortion import class_tables, code_bits, round_weight, steps_of, triangular
 from .distillation import Distillation, Teacher, batch_order, check_loss, decay, learning
@@ -567,7 +568,7 @@ def _pass_seconds(model, parts):
 @torch.no_grad()
 def coding_seconds(
     model:nn.Module, # dense model
-    batches, # re-iterable batches
+    batches:list, # of calibration data
     epochs:int, # of distillation
     device=None, # where to run; None is where the model is
 ) -> tuple[float,float]: # seconds of everything, and operations of distillation
@@ -585,12 +586,12 @@ def coding_seconds(
         took = time.perf_counter() - start
     finally:
         for h in hooks: h.remove()
-    n,parts = operator.length_hint(batches) or sum(1 for _ in batches), find_parts(model)
+    n,parts = len(batches)*(1 + (data_kind(model, batches) == 'few images')), find_parts(model)
     forward = 2.*sum(rows[k]*layers[k].weight.numel() for k in rows)
     second = sum(2.*rows[k]*layers[k].in_features**2 for k in rows)
     once,code = _pass_seconds(model, parts)
     epoch = n*(EPOCH*took + STEP*len(parts)) + LOOKS*code
-    seconds = n*took*(3 + second/max(forward, 1.)) + TRIES*(once + code) + epochs*epoch
+    seconds = augment_seconds(model, batches) + n*took*(3 + second/max(forward, 1.)) + TRIES*(once + code) + epochs*epoch
     return seconds, 4*n*forward*epochs
 
 # %% ../nbs/04h_coded_models.ipynb #04h-062
@@ -636,20 +637,27 @@ class _Coding:
 _FIELDS = ('codes', 'rows', 'columns')
 
 # %% ../nbs/04h_coded_models.ipynb #04h-063
-EPOCHS = 6 # passes of distillation, if nobody says
+EPOCHS = 6 # passes of distillation, if nobody says; half as many where each image has a crop
 _HOW = ('seed', 'device', 'state', 'resume', 'progress')
+
+def passes(
+    model:nn.Module, # dense or factorised
+    batches:list, # of calibration data, before augment
+) -> int:
+    "How many passes of distillation are made, if nobody says."
+    return EPOCHS//2 if data_kind(model, batches) == 'few images' else EPOCHS
 
 def _settings(settings):
     "The fields of Run that coding has a use for."
     check_names(settings, _HOW)
     return Run(**{k: v for k,v in settings.items() if v is not None})
 
-def _epochs_here(operations, epochs, device):
+def _epochs_here(operations, asked, epochs, device):
     "How many epochs are run, and notes; a long distillation is left out unless asked for."
     limit = operations_limit(device)
-    if epochs is not None or operations <= limit: return EPOCHS if epochs is None else epochs, []
-    note = (f"distillation is left out: {EPOCHS} passes take {operations:.1e} operations, and the "
-            f"limit is {limit:.0e} here; distill_epochs={EPOCHS} does them all the same")
+    if asked is not None or operations <= limit: return epochs, []
+    note = (f"distillation is left out: {epochs} passes take {operations:.1e} operations, and the "
+            f"limit is {limit:.0e} here; distill_epochs={epochs} does them all the same")
     warnings.warn(note)
     return 0, [note]
 
@@ -675,9 +683,9 @@ def bits_report(
 # %% ../nbs/04h_coded_models.ipynb #04h-064
 def _look_ahead(model, dense, batches, nbytes, asked, run):
     "Epochs, notes, expected seconds, and what the state depends on."
-    epochs = EPOCHS if asked is None else asked
+    epochs = passes(dense, batches) if asked is None else asked
     expected,operations = coding_seconds(dense, batches, epochs, run.device)
-    epochs,notes = _epochs_here(operations, asked, run.device)
+    epochs,notes = _epochs_here(operations, asked, epochs, run.device)
     if run.state is None: return epochs, notes, expected, {}
     return epochs, notes, expected, fingerprint(model, nbytes=nbytes, epochs=epochs, seed=run.seed)
 
@@ -699,6 +707,7 @@ def code_model(
     if tell: tell(expected, epochs)
     job = _Coding(dense, copy.deepcopy(dense), batches, nbytes, run)
     with open_state(run.state, depends, batches, run.resume) as state:
+        job.batches = job.timed('augmentation', augment, dense, batches, run.seed)
         got,losses = job.rounded(state.part('codes', job.round)), None
         got.put(job.model)
         kept = Progress(state.path('distillation'), state.run)
