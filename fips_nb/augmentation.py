@@ -24,7 +24,7 @@ def crops(
     return torch.stack([view(x) for x in images])
 
 # %% ../nbs/02e_augmentation.ipynb #02e-017
-TOGETHER = 64 # texts that are made at a time
+TOGETHER = 2**14 # tokens that are made at a time
 
 @torch.no_grad()
 def own_text(
@@ -35,10 +35,10 @@ def own_text(
     from transformers import GenerationConfig
     more = windows.shape[1] - 1
     how = GenerationConfig(do_sample=True, top_k=0, min_new_tokens=more, max_new_tokens=more,
-                           pad_token_id=0)
+                           use_cache=True, pad_token_id=0)
     device = next(model.parameters()).device
     out = []
-    for x in windows[:,:1].split(TOGETHER):
+    for x in windows[:,:1].split(max(1, TOGETHER//windows.shape[1])):
         x = x.to(device)
         out.append(model.generate(x, generation_config=how, attention_mask=torch.ones_like(x)))
     return torch.cat(out).to(windows)
@@ -66,6 +66,7 @@ def data_kind(
     one = len({b.shape[1] for b in bare}) == 1 if kinds == {(2, False)} else False
     return 'windows' if one and _generates(model) else 'other'
 
+# %% ../nbs/02e_augmentation.ipynb #02e-023
 def augment(
     model:nn.Module, # that the batches are for, in eval mode
     batches:list, # of calibration data, see feed
@@ -82,6 +83,7 @@ def augment(
             bare[1::2] = own_text(model, torch.cat(own)).split([len(b) for b in own])
     return bare
 
+# %% ../nbs/02e_augmentation.ipynb #02e-025
 def augment_seconds(
     model:nn.Module, # that the batches are for
     batches:list, # of calibration data, see feed
@@ -89,7 +91,7 @@ def augment_seconds(
     "About how long `augment` takes."
     if data_kind(model, batches) != 'windows' or len(batches) < 2: return 0.
     x = torch.cat([b[0] if isinstance(b, (tuple, list)) else b for b in batches[1::2]])
-    some,took = x[:TOGETHER,:9], []
+    some,took = x[:max(1, TOGETHER//x.shape[1]),:9], []
     with torch.random.fork_rng():
         for _ in range(2):
             start = time.perf_counter()

@@ -591,7 +591,8 @@ def coding_seconds(
     second = sum(2.*rows[k]*layers[k].in_features**2 for k in rows)
     once,code = _pass_seconds(model, parts)
     epoch = n*(EPOCH*took + STEP*len(parts)) + LOOKS*code
-    seconds = augment_seconds(model, batches) + n*took*(3 + second/max(forward, 1.)) + TRIES*(once + code) + epochs*epoch
+    measured = n*took*(3 + second/max(forward, 1.))
+    seconds = augment_seconds(model, batches) + measured + TRIES*(once + code) + epochs*epoch
     return seconds, 4*n*forward*epochs
 
 # %% ../nbs/04h_coded_models.ipynb #04h-062
