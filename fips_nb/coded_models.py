@@ -17,7 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from .sparse_factors import FactorLinear
 from .statistics import feed
-from .augmentation import augment, augment_seconds, data_kind
+from .augmentation import augment, augment_seconds, views
 from .rate_distortion import BIT_PRICE, Codes, SPAN, class_numbers, class_range
 from .rate_distortion import class_tables, code_bits, round_weight, steps_of, triangular
 from .distillation import Distillation, Teacher, batch_order, check_loss, decay, learning
@@ -586,7 +586,7 @@ def coding_seconds(
         took = time.perf_counter() - start
     finally:
         for h in hooks: h.remove()
-    n,parts = len(batches)*(1 + (data_kind(model, batches) == 'few images')), find_parts(model)
+    n,parts = len(batches)*views(model, batches), find_parts(model)
     forward = 2.*sum(rows[k]*layers[k].weight.numel() for k in rows)
     second = sum(2.*rows[k]*layers[k].in_features**2 for k in rows)
     once,code = _pass_seconds(model, parts)
@@ -638,7 +638,7 @@ class _Coding:
 _FIELDS = ('codes', 'rows', 'columns')
 
 # %% ../nbs/04h_coded_models.ipynb #04h-063
-EPOCHS = 6 # passes of distillation, if nobody says; half as many where each image has a crop
+EPOCHS = 6 # passes of distillation, if nobody says; fewer where there are crops
 _HOW = ('seed', 'device', 'state', 'resume', 'progress')
 
 def passes(
@@ -646,7 +646,7 @@ def passes(
     batches:list, # of calibration data, before augment
 ) -> int:
     "How many passes of distillation are made, if nobody says."
-    return EPOCHS//2 if data_kind(model, batches) == 'few images' else EPOCHS
+    return max(2, EPOCHS//views(model, batches))
 
 def _settings(settings):
     "The fields of Run that coding has a use for."
