@@ -785,11 +785,12 @@ def bench(
     "Time the packed model, or a coded one in every mode, against the dense one, here."
     from fips_nb.coded_memory import bench_modes
     from fips_nb.packing import bench as time_packed
+    from fips_nb.sparse_factors import factor_layers
     text,where = is_text_model(model), _device(device)
     net,budget = _model_to_time(model, text, budget, sparsity)
     net.to(where)
     inputs = {n: _example(net, n, text, where) for n in batch}
-    timed = bench_modes if hasattr(net, 'fips_codes') else time_packed
+    timed = time_packed if factor_layers(net) else bench_modes
     return dict(model=model, budget=budget, prefer=prefer, **timed(net, inputs, prefer))
 
 # %% ../nbs/09_commands.ipynb #09-c173
