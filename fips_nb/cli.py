@@ -344,7 +344,8 @@ def _rounding_text(o):
     if f := o.get('factors'):
         said.insert(0, f"Before they were rounded, factors had {_percent(f['mlp_budget'])} of the "
                        f"parameters of the {_WHAT[f['targets']]}: {_bases(f)}")
-    if seen := [d for d in o['divergences'] or [] if math.isfinite(d)]:
+    seen = [d for d in o['divergences'] or [] if math.isfinite(d)]
+    if any(seen): # without batches that are held out they are zeros
         said.append(f"Distillation took the divergence from the dense outputs, on batches held "
                     f"out of the calibration data, from {seen[0]:.4f} to {min(seen):.4f} nats.")
     said += [_seconds(o), *(f'Note: {note}.' for note in o['notes'])]
