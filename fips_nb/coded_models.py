@@ -693,7 +693,7 @@ def layer_rates(
 
 def bits_report(
     model:nn.Module, # with fips_codes
-    teacher:nn.Module|None=None, # dense model, whose parameters count; None: that of `model`
+    teacher:nn.Module|None=None, # dense model, whose parameters count; None: that of model
 ) -> dict: # bits (of the file for each parameter), coded_bytes (of the file), model_params
     "How large the file of a coded model is."
     n = dense_params(model if teacher is None else teacher)
@@ -717,7 +717,7 @@ def code_model(
     nbytes:int, # of model.safetensors, reached from below; see bits_to_bytes
     distill_epochs:int|None=None, # passes of distillation; None: EPOCHS, if they take no hours
     tell=None, # called with the expected seconds and the passes, before work starts
-    teacher:nn.Module|None=None, # dense model to follow, whose parameters count; None: `model`
+    teacher:nn.Module|None=None, # dense model to follow, whose parameters count; None: model
     **settings, # fields of Run: seed, device, state, resume, progress
 ) -> Compressed: # rounded copy of the model, and its report
     "Round every matrix of `model` so that its file takes at most `nbytes`."
