@@ -615,8 +615,9 @@ def _lend(model, parts, costs):
         turned = name == 'U' or model.get_submodule(path).role == 'up'
         n,m = p.shape if turned else p.shape[::-1]
         mean = lambda ts: sum(t.mean().item() for t in ts)/len(ts)
-        C = torch.eye(n)*mean([c.C.diagonal() for c in like])
-        costs[p.name] = Cost(C, torch.full((m,), mean([c.g for c in like])), turned)
+        full = lambda size, ts: torch.full((size,), mean(ts), device=ts[0].device)
+        C = torch.diag(full(n, [c.C.diagonal() for c in like]))
+        costs[p.name] = Cost(C, full(m, [c.g for c in like]), turned)
 
 # %% ../nbs/04h_coded_models.ipynb #04h-062
 @dataclass

@@ -289,8 +289,19 @@ def _flat_budget(request, o, cfg):
     budget = request.share
     if _is_coded(o): budget = .5 if o.budget is None else o.budget
     if request.count == 'bytes': budget = budget_for_bytes(request.model, request.share, cfg)
-    if cfg.group_size != 'auto': plan_groups(request.model, cfg, budget, seed=o.seed)
+    if cfg.group_size != 'auto':
+        plans = plan_groups(request.model, cfg, budget, seed=o.seed)
+        if _is_coded(o): _check_room(request, plans)
     return budget
+
+def _check_room(request, plans):
+    "Refuse a size for codes that the factors have in 16 bits, before any work."
+    rest = sum(p.numel() for p in request.model.parameters())
+    rest -= sum(l.d*l.h for p in plans for l in p.group.linears)
+    kept = sum((p.rank or p.group.d)*p.group.H + p.rank*p.group.d for p in plans)
+    if request.share >= (whole := 2*(rest + kept)):
+        raise ValueError(f"a file of {request.share:,} bytes is no smaller than these factors in "
+                         f"16 bits, {whole:,} bytes; ask for less, or for a larger --budget")
 
 # %% ../nbs/09_commands.ipynb #09-c1a1
 _FACTORS = ('sparsity', 'group_size', 'levels', 'targets', 'dtype') # options of factors

@@ -445,6 +445,7 @@ def test_encoder(lm, tmp_path, capsys):
     ('compress LM/llama --out OUT --calib LM/text.txt --bits 4 --preset svd --stream', 'factors of 16 bits'),
     ('compress LM/llama --out OUT --calib LM/text.txt --bits 4 --preset svd --budget 1e-5', 'smallest possible'),
     ('compress LM/llama --out OUT --calib LM/text.txt --preset auto', '--bits or --target'),
+    ('compress LM/llama --out OUT --calib LM/text.txt --bits 14 --preset svd --budget 0.3', 'than these factors in'),
     ('compress LM/llama --out OUT --calib LM/text.txt --bits 0', 'outside (0, 16)'),
     ('compress LM/llama --out OUT --calib LM/text.txt --bits nan', 'outside (0, 16)'),
     ('compress LM/llama --out OUT --calib LM/text.txt --bits 4 --targets mlp', 'is for factors'),
