@@ -20,7 +20,7 @@ import traceback
 import warnings
 from . import __version__
 from . import commands
-from .commands import DEFAULT, ROUNDING, EvaluateOptions, FitOptions
+from .commands import AUTO, AUTO_BITS, DEFAULT, ROUNDING, EvaluateOptions, FitOptions
 from .models import one_line
 
 # %% ../nbs/09a_cli.ipynb #11-019
@@ -91,7 +91,8 @@ Images: a flat folder (no labels), one folder for each class, or images with lab
 file,label). Text: a file, or a folder of .txt, .md and .jsonl; <|endoftext|> ends a document.
 """
 
-_PRESETS = 'rounding, fips-als, fips-paper, svd, asvd, svd-llm, basis-sharing, aafm, gfm, pruning'
+_PRESETS = ('rounding, fips-als, fips-paper, svd, asvd, svd-llm, basis-sharing, aafm, gfm, '
+            'pruning, auto')
 _MODEL = "demo-vit, demo-llm, a name of timm, or a folder or name that transformers opens"
 _FOLDER = "folder that `fips compress` wrote"
 
@@ -125,8 +126,9 @@ def _size_options(q):
             metavar='P')
     _option(size, '--target-ratio', "share of the whole model's parameters to keep; a plan gives "
             "each layer its own share", type=float, metavar='R')
-    _option(size, '--target-bytes', "bytes of the whole model on disk (compress: the weights are "
-            "rounded, unless a --preset is named; by a plan for fips-als)", type=int, metavar='N')
+    _option(size, '--target-bytes', "bytes of the whole model on disk (compress: as for --bits, "
+            "unless a --preset is named, whose factors have 16 bits; by a plan for fips-als)",
+            type=int, metavar='N')
     return size
 
 # %% ../nbs/09a_cli.ipynb #09a-c012
@@ -157,11 +159,13 @@ A run that is interrupted leaves DIR.state; the same command with --resume goes 
     q.add_argument('model', metavar='MODEL', help=_MODEL)
     q.add_argument('--out', required=True, metavar='DIR', help="folder for the compressed model")
     size = _size_options(q)
-    _option(size, '--bits', "bits of the file for each parameter of the model, everything counted; "
-            "the weights are rounded", type=float, metavar='B')
+    _option(q, '--bits', "bits of the file for each parameter of the model, everything counted; "
+            "the weights are rounded, or the factors of a --preset, which --budget may size",
+            type=float, metavar='B')
     _option(size, '--plan', "a plan that `fips plan` wrote for this model", metavar='FILE')
-    _option(q, '--preset', f"method: {_PRESETS} (default: {ROUNDING} for --bits and "
-            f"--target-bytes, else {DEFAULT}, the one that plans are for)")
+    _option(q, '--preset', f"method: {_PRESETS} (default: {AUTO} for --bits and --target-bytes, "
+            f"which rounds, and below {AUTO_BITS:g} bits also tries coded factors; else {DEFAULT}, "
+            "the one that plans are for)")
     _option(q, '--sparsity', "share of zeros in the projections, 0 to below 1 (default: follows "
             "from the budget)", type=float, metavar='S')
     _option(q, '--group-size', "blocks that share a basis: a number, auto, all or stage (default: "
@@ -337,18 +341,24 @@ def _rounding_text(o):
     bits = _range([o['least_bits'], o['most_bits']], '{:.2f}')
     said = [f"{o['n_layers']} matrices take {bits} bits per weight; {_percent(o['zeros'])} of the "
             "codes are zero."]
-    if seen := [d for d in o['divergences'] or [] if math.isfinite(d)]:
+    if f := o.get('factors'):
+        said.insert(0, f"Before they were rounded, factors had {_percent(f['mlp_budget'])} of the "
+                       f"parameters of the {_WHAT[f['targets']]}: {_bases(f)}")
+    seen = [d for d in o['divergences'] or [] if math.isfinite(d)]
+    if any(seen): # without batches that are held out they are zeros
         said.append(f"Distillation took the divergence from the dense outputs, on batches held "
                     f"out of the calibration data, from {seen[0]:.4f} to {min(seen):.4f} nats.")
     said += [_seconds(o), *(f'Note: {note}.' for note in o['notes'])]
-    lines = [f"{o['model']} was rounded into {o['out']}.", '',
+    how = f"compressed by {o['preset']} and rounded" if f else 'rounded'
+    lines = [f"{o['model']} was {how} into {o['out']}.", '',
              *_columns([['', 'rounded', 'dense', 'share'], *_bytes_rows(o)]), '',
              *(line for text in said for line in _sentences(text))]
     return '\n'.join(lines)
 
+# %% ../nbs/09a_cli.ipynb #09a-c03f
 def _compress_text(o):
     "The report of a compression."
-    if o['preset'] == ROUNDING: return _rounding_text(o)
+    if 'least_bits' in o: return _rounding_text(o)
     rows = _sizes(o) + _bytes_rows(o)
     said = [_bases(o), _seconds(o), *(f'Note: {note}.' for note in o['notes'])]
     if o['rest_error']:
@@ -391,8 +401,8 @@ def _kinds(layers):
     "A table with one line for each kind of projection."
     kinds = {}
     for l in layers:
-        name = l['name'].removesuffix('.weight')
-        kinds.setdefault(name.rpartition('.')[2], []).append(l)
+        *_,of,name = f".{l['name'].removesuffix('.weight')}".split('.')
+        kinds.setdefault(f'{of}.{name}' if name == 'V' else name, []).append(l)
     if 'bits' in layers[0]: return _coded_kinds(kinds)
     error = 'error' in layers[0]
     rows = [['projection', 'layers', 'rank', 'density', *(['error'] if error else [])]]
@@ -439,6 +449,9 @@ def _info_text(o, every):
         coded = 'bits' in layers[0]
         lines += [] if every or coded else _sentences(_worst(layers))
         lines.append(_CODES if coded else _MEANING + _ERROR)
+    if factors := (o.get('factors') or {}).get('layers'):
+        lines += ['', 'The factors before they were rounded:', '',
+                  *(_every(factors) if every else _kinds(factors)), '', _MEANING + _ERROR]
     return '\n'.join(lines)
 
 def _info(a):

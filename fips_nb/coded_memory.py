@@ -10,6 +10,7 @@ import copy, functools
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from .sparse_factors import factor_layers
 from .sparse_kernels import device_name, library, stopwatch
 from .distillation import predict
 from .packing import resident_bytes
@@ -150,6 +151,10 @@ def _check_mode(model, mode):
     if not getattr(model, 'fips_codes', None):
         raise ValueError(f"this {name} has no codes; `code_model` or `fips compress --bits` "
                          "makes them")
+    if mode != 'dense' and (layers := factor_layers(model)):
+        raise ValueError(f"{next(iter(layers))} of this {name} has factors, which run by sparse "
+                         f"kernels and not as {mode}: fips_nb.packing.optimize and pack choose "
+                         "them")
     kinds = {p.device.type for p in model.parameters()}
     if mode == 'int8' and kinds != {'cpu'}:
         where = ', '.join(sorted(kinds))

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SMALL', 'PLAIN', 'EVEN', 'SOFTEN', 'GUARD', 'SPARE_BYTES', 'REACH', 'FASTEST', 'TRIES', 'EPOCH', 'STEP', 'LOOKS',
            'EPOCHS', 'Part', 'matrix_shape', 'find_parts', 'Cost', 'measure_costs', 'matrix_of', 'Rounder',
-           'coded_name', 'file_bytes', 'stored_bytes', 'bits_to_bytes', 'check_bytes', 'Rounded', 'round_to_bytes',
-           'distill_codes', 'coding_seconds', 'passes', 'layer_rates', 'bits_report', 'code_model']
+           'coded_name', 'file_bytes', 'stored_bytes', 'bits_to_bytes', 'dense_params', 'check_bytes', 'Rounded',
+           'round_to_bytes', 'distill_codes', 'coding_seconds', 'passes', 'layer_rates', 'bits_report', 'code_model']
 
 # %% ../nbs/04h_coded_models.ipynb #04h-004
 import copy, dataclasses, json, math, sys, time, warnings
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
-from .sparse_factors import FactorLinear
+from .sparse_factors import FactorLinear, factor_layers
 from .statistics import feed
 from .augmentation import augment, augment_seconds, views
 from .rate_distortion import BIT_PRICE, Codes, SPAN, class_numbers, class_range
@@ -23,13 +23,13 @@ from .rate_distortion import class_tables, code_bits, round_weight, steps_of, tr
 from .distillation import Distillation, Teacher, batch_order, check_loss, decay, learning
 from .distillation import loss_kind, predict, restore, snapshot, split_batches
 from .budgets import check_names, operations_limit
-from .state import Progress, fingerprint, open_state
+from .state import Progress, digest, fingerprint, open_state
 from .streaming import memory_advice, settle, share_tensors
 from .pipeline import Compressed, Run, check_model
 from .entropy_coding import encode
 
 # %% ../nbs/04h_coded_models.ipynb #04h-011
-SMALL = 1024 # entries; smaller tensors are not coded
+SMALL = 1024 # entries; smaller tensors are not coded, unless they are factors
 
 @dataclass(frozen=True)
 class Part:
@@ -53,7 +53,8 @@ def find_parts(
     found = {}
     for path,m in model.named_modules():
         for k,p in m.named_parameters(recurse=False):
-            if p.ndim < 2 or p.numel() < SMALL or not p.is_floating_point(): continue
+            least = 1 if isinstance(m, FactorLinear) else SMALL # factors are coded as a whole
+            if p.ndim < 2 or p.numel() < least or not p.is_floating_point(): continue
             name = f'{path}.{k}'.lstrip('.')
             found.setdefault(id(p), (name, matrix_shape(tuple(p.shape)), []))[2].append((path, k))
     return [Part(name, shape, tuple(uses)) for name,shape,uses in found.values()]
@@ -348,9 +349,18 @@ def _next(seen, room):
     return over + (under - over)*min(.95, max(.05, share))
 
 # %% ../nbs/04h_coded_models.ipynb #04h-034
+def dense_params(
+    model:nn.Module, # dense or factorised
+) -> int:
+    "Parameters of the dense model that `model` is, or stands for."
+    layers = factor_layers(model).values()
+    ours = {id(p) for f in layers for p in (f.U, f.V)}
+    rest = sum(p.numel() for p in model.parameters() if id(p) not in ours)
+    return rest + sum(f.in_features*f.out_features for f in layers)
+
 def _least(rounder, nbytes):
     "Refuse a size that no step reaches."
-    n = sum(p.numel() for p in rounder.model.parameters())
+    n = dense_params(rounder.model)
     codes = {k: len(encode(c)) for k,c in rounder.all(2.**30).items()}
     least = stored_bytes(rounder.model, codes)
     raise ValueError(f"a file of {nbytes:,} bytes cannot be reached; the least possible is "
@@ -361,7 +371,7 @@ def check_bytes(
     nbytes:int, # of model.safetensors
 ):
     "Refuse a size that needs no coding."
-    n,whole = sum(p.numel() for p in model.parameters()), stored_bytes(model, {})
+    n,whole = dense_params(model), stored_bytes(model, {})
     if not find_parts(model):
         raise ValueError(f"this {type(model).__name__} has no matrix of at least {SMALL} entries, "
                          "so there is nothing to code")
@@ -574,7 +584,8 @@ def coding_seconds(
 ) -> tuple[float,float]: # seconds of everything, and operations of distillation
     "About how long `code_model` takes, from the time of one batch and of one matrix."
     rows,hooks = {}, []
-    layers = {k: m for k,m in model.named_modules() if isinstance(m, nn.Linear)}
+    kinds = nn.Linear, FactorLinear
+    layers = {k: m for k,m in model.named_modules() if isinstance(m, kinds)}
     def count(k):
         def hook(module, args): rows[k] = args[0].shape[:-1].numel()
         return hook
@@ -587,7 +598,7 @@ def coding_seconds(
     finally:
         for h in hooks: h.remove()
     n,parts = len(batches)*views(model, batches), find_parts(model)
-    forward = 2.*sum(rows[k]*layers[k].weight.numel() for k in rows)
+    forward = 2.*sum(n*layers[k].in_features*layers[k].out_features for k,n in rows.items())
     second = sum(2.*rows[k]*layers[k].in_features**2 for k in rows)
     once,code = _pass_seconds(model, parts)
     epoch = n*(EPOCH*took + STEP*len(parts)) + LOOKS*code
@@ -595,12 +606,28 @@ def coding_seconds(
     seconds = augment_seconds(model, batches) + measured + TRIES*(once + code) + epochs*epoch
     return seconds, 4*n*forward*epochs
 
+# %% ../nbs/04h_coded_models.ipynb #04h-06l
+def _lend(model, parts, costs):
+    "Give factors that no output depends on the mean cost of the others: groups are coded whole."
+    for p in parts:
+        path,name = p.uses[0]
+        if p.name in costs or not isinstance(model.get_submodule(path), FactorLinear): continue
+        like = [c for k,c in costs.items() if k.endswith(f'.{name}')]
+        if not like: continue
+        turned = name == 'U' or model.get_submodule(path).role == 'up'
+        n,m = p.shape if turned else p.shape[::-1]
+        mean = lambda ts: sum(t.mean().item() for t in ts)/len(ts)
+        full = lambda size, ts: torch.full((size,), mean(ts), device=ts[0].device)
+        C = torch.diag(full(n, [c.C.diagonal() for c in like]))
+        costs[p.name] = Cost(C, full(m, [c.g for c in like]), turned)
+
 # %% ../nbs/04h_coded_models.ipynb #04h-062
 @dataclass
 class _Coding:
     "What the stages of `code_model` share."
-    dense:nn.Module # float32
+    dense:nn.Module # what is rounded, in float32
     model:nn.Module # copy that gets rounded
+    teacher:nn.Module # whose outputs distillation follows, in float32
     batches:list # of calibration data
     nbytes:int # of the file
     run:Run # seed, device, progress
@@ -618,6 +645,7 @@ class _Coding:
         parts,bars = find_parts(self.dense), self.run.progress
         costs = self.timed('costs', measure_costs, self.dense, self.batches, parts, self.run.seed,
                            progress=bars)
+        _lend(self.dense, parts, costs)
         got = self.timed('rounding', round_to_bytes, Rounder(self.dense, parts, costs),
                          self.nbytes, progress=bars)
         out = {f'{k}/{n}': getattr(c, n) for k,c in got.codes.items() for n in _FIELDS}
@@ -631,8 +659,8 @@ class _Coding:
 
     def distil(self, start, epochs, state):
         "Distil the rounded model; what it is then, and the divergences."
-        with torch.no_grad(): kind = loss_kind(self.dense, feed(self.dense, self.batches[0]))
-        return distill_codes(self.model, Teacher(self.dense, self.batches, kind), start,
+        with torch.no_grad(): kind = loss_kind(self.teacher, feed(self.teacher, self.batches[0]))
+        return distill_codes(self.model, Teacher(self.teacher, self.batches, kind), start,
                              Distillation(epochs), self.run, state)
 
 _FIELDS = ('codes', 'rows', 'columns')
@@ -675,20 +703,23 @@ def layer_rates(
 
 def bits_report(
     model:nn.Module, # with fips_codes
+    teacher:nn.Module|None=None, # dense model, whose parameters count; None: that of model
 ) -> dict: # bits (of the file for each parameter), coded_bytes (of the file), model_params
     "How large the file of a coded model is."
-    n = sum(p.numel() for p in model.parameters())
+    n = dense_params(model if teacher is None else teacher)
     size = stored_bytes(model, {k: len(c) for k,c in model.fips_codes.items()})
     return dict(bits=8*size/n, coded_bytes=size, model_params=n)
 
 # %% ../nbs/04h_coded_models.ipynb #04h-064
-def _look_ahead(model, dense, batches, nbytes, asked, run):
+def _look_ahead(model, dense, batches, nbytes, asked, run, teacher):
     "Epochs, notes, expected seconds, and what the state depends on."
     epochs = passes(dense, batches) if asked is None else asked
     expected,operations = coding_seconds(dense, batches, epochs, run.device)
     epochs,notes = _epochs_here(operations, asked, epochs, run.device)
     if run.state is None: return epochs, notes, expected, {}
-    return epochs, notes, expected, fingerprint(model, nbytes=nbytes, epochs=epochs, seed=run.seed)
+    more = {} if teacher is None else dict(teacher=digest(teacher))
+    return epochs, notes, expected, fingerprint(model, nbytes=nbytes, epochs=epochs,
+                                                seed=run.seed, **more)
 
 def code_model(
     model:nn.Module, # trained model, dense or factorised; it is not changed
@@ -696,6 +727,7 @@ def code_model(
     nbytes:int, # of model.safetensors, reached from below; see bits_to_bytes
     distill_epochs:int|None=None, # passes of distillation; None: EPOCHS, if they take no hours
     tell=None, # called with the expected seconds and the passes, before work starts
+    teacher:nn.Module|None=None, # dense model to follow, whose parameters count; None: model
     **settings, # fields of Run: seed, device, state, resume, progress
 ) -> Compressed: # rounded copy of the model, and its report
     "Round every matrix of `model` so that its file takes at most `nbytes`."
@@ -704,11 +736,14 @@ def code_model(
     check_bytes(model, nbytes)
     if not (batches := list(batches)): raise ValueError("there is no calibration data")
     dense = share_tensors(model, run.device, wide=True)
-    epochs,notes,expected,depends = _look_ahead(model, dense, batches, nbytes, distill_epochs, run)
+    epochs,notes,expected,depends = _look_ahead(model, dense, batches, nbytes, distill_epochs, run,
+                                                teacher)
     if tell: tell(expected, epochs)
-    job = _Coding(dense, copy.deepcopy(dense), batches, nbytes, run)
+    whom = 'itself' if teacher is None else 'given'
+    follow = dense if teacher is None else share_tensors(teacher, run.device, wide=True)
+    job = _Coding(dense, copy.deepcopy(dense), follow, batches, nbytes, run)
     with open_state(run.state, depends, batches, run.resume) as state:
-        job.batches = job.timed('augmentation', augment, dense, batches, run.seed)
+        job.batches = job.timed('augmentation', augment, follow, batches, run.seed)
         got,losses = job.rounded(state.part('codes', job.round)), None
         got.put(job.model)
         kept = Progress(state.path('distillation'), state.run)
@@ -716,8 +751,9 @@ def code_model(
     out = settle(job.model, model)
     out.fips_codes = {k: encode(c) for k,c in got.codes.items()}
     report = dict(preset='rounding', seed=run.seed, alpha=got.alpha, target_bytes=nbytes,
-                  config=dict(targets='all', distill_epochs=epochs), divergences=losses,
-                  **bits_report(out), notes=notes, expected_seconds=float(f'{expected:.3g}'),
+                  config=dict(targets='all', distill_epochs=epochs, teacher=whom),
+                  divergences=losses, **bits_report(out, teacher), notes=notes,
+                  expected_seconds=float(f'{expected:.3g}'),
                   seconds=time.perf_counter() - start, seconds_by_phase=job.seconds,
                   layers=layer_rates(got.codes))
     return Compressed(out, report)

@@ -8,10 +8,11 @@ __all__ = ['REST', 'FORMAT', 'VERSION', 'FILES', 'Dtype', 'Order', 'Codec', 'WID
            'all_finite', 'check_finite', 'dtype_name', 'dtype_named', 'memory_order', 'in_order', 'linear_record',
            'group_record', 'rounding_error', 'narrow', 'outside', 'main_dtype', 'check_rest', 'store_rest',
            'round_rest', 'of_transformers', 'is_ours', 'check_target', 'swap_in', 'LinearEntry', 'GroupPart',
-           'GroupEntry', 'LayerEntry', 'LayerGroupEntry', 'check_groups', 'check_depth', 'check_plain', 'check_version',
-           'read_config', 'header', 'check_claims', 'check_nonzeros', 'bounded_build', 'check_tables', 'refusing',
-           'decoded', 'check_compressed', 'codes_of', 'check_decoded', 'shard_files', 'folder_bytes', 'file_parts',
-           'dense_bytes']
+           'GroupEntry', 'LayerEntry', 'LayerGroupEntry', 'is_coded', 'factor_shapes', 'coded_factors', 'check_groups',
+           'check_depth', 'check_plain', 'check_version', 'read_config', 'header', 'check_claims', 'check_nonzeros',
+           'bounded_build', 'check_tables', 'refusing', 'decoded', 'check_compressed', 'codes_of', 'check_decoded',
+           'factor_names', 'whole_groups', 'stored_values', 'coded_record', 'version_of', 'shard_files', 'folder_bytes',
+           'file_parts', 'dense_bytes']
 
 # %% ../nbs/07_folder_format.ipynb #07-003
 import math
@@ -128,6 +129,8 @@ def unpack_values(
     return V
 
 # %% ../nbs/07_folder_format.ipynb #07-c013
+_NARROW = torch.float16, torch.bfloat16
+
 def layer_groups(
     model:nn.Module, # factorised
 ) -> list: # of dicts name -> FactorLinear
@@ -140,12 +143,15 @@ def layer_groups(
 
 def value_dtype_of(
     groups:list, # from layer_groups
+    exact:bool=True, # else the 16-bit dtype that is nearest, if their range allows it
 ) -> torch.dtype:
     "The 16-bit dtype that holds all factors exactly, or else their own."
     ps = [p.detach() for g in groups for f in g.values() for p in (f.U, f.V) if p is not None]
     if ps[0].dtype.itemsize == 2: return ps[0].dtype
-    for dtype in (torch.float16, torch.bfloat16):
+    for dtype in _NARROW:
         if all(torch.equal(p.to(dtype).to(p.dtype), p) for p in ps): return dtype
+    error = lambda dtype: sum(rounding_error(p, dtype) for p in ps)
+    if not exact and error(best := min(_NARROW, key=error)) < math.inf: return best
     return ps[0].dtype
 
 # %% ../nbs/07_folder_format.ipynb #07-c019
@@ -285,7 +291,7 @@ def round_rest(
     return model
 
 # %% ../nbs/07_folder_format.ipynb #07-044
-FORMAT, VERSION = 'fips_nb', 3 # of the folder; 1 stored everything in its own dtype, 2 had no codes
+FORMAT, VERSION = 'fips_nb', 4 # of the folder; 1 had no 16-bit rest, 2 no codes, 3 no coded factors
 
 FILES = re.compile(
     r'model(-\d{5}-of-\d{5})?\.safetensors|(tokenizer|spiece|sentencepiece\.bpe)\.model|'
@@ -339,7 +345,7 @@ def swap_in(
 # %% ../nbs/07_folder_format.ipynb #07-054
 Dtype = Literal['float16', 'bfloat16', 'float32', 'float64']
 Order = Literal['rows', 'columns']
-Codec = Literal['dense', 'bits', 'gaps', 'holes']
+Codec = Literal['dense', 'bits', 'gaps', 'holes', 'coded']
 
 class LinearEntry(msgspec.Struct):
     "A linear in a group, see `linear_record`."
@@ -403,14 +409,55 @@ class _Theirs(_Any, kw_only=True):
     dtype:Dtype|None = None # of the model
     groups:Annotated[list[LayerGroupEntry], Meta(max_length=2**16)]
 
+# %% ../nbs/07_folder_format.ipynb #07-c06c
+def is_coded(
+    record:dict, # of a group
+    where, # the file, for errors
+) -> bool:
+    "Whether the factors of a group are stored as codes; they are all, or none."
+    layers = [record] if 'codec' in record else record['linears']
+    kinds = {l['codec'] == 'coded' for l in layers}
+    if len(kinds) > 1:
+        raise ValueError(f"{where}: {layers[0]['name']} and others share a basis, and only some "
+                         "of them are coded")
+    return kinds.pop()
+
+def factor_shapes(
+    record:dict, # of a group
+) -> dict: # name of the parameter -> shape
+    "The factors of one group; the first linear gives the basis its name."
+    ls,r = record['linears'], record['r']
+    U = {f"{ls[0]['name']}.U": (record['d'], r)} if r else {}
+    return U | {f"{l['name']}.V": tuple(l['shape']) for l in ls}
+
+def coded_factors(
+    groups:list, # records of groups
+    coded:list, # names of the parameters that are coded
+    where, # the file, for errors
+) -> dict: # name of the parameter -> shape
+    "The factors that are stored as codes."
+    out,names = {}, set(coded)
+    for g in groups:
+        mine = factor_shapes(g) if is_coded(g, where) else {}
+        if gone := [k for k in mine if k not in names]:
+            raise ValueError(f"{where}: {gone[0]} is not among the coded parameters, and its "
+                             "record says that it is coded")
+        every = {f"{l['name']}.{k}" for l in g['linears'] for k in 'UV'}
+        if more := sorted((names & every) - mine.keys()):
+            raise ValueError(f"{where}: {more[0]} is among the coded parameters, and no record "
+                             "says that it is coded")
+        out |= mine
+    return out
+
 # %% ../nbs/07_folder_format.ipynb #07-c067
 WIDEST = 64 # vectors of a basis for each dimension
 
 def check_groups(
     groups:list, # records of groups
     where, # the file, for errors
+    coded:list=(), # names of the parameters that are coded
 ):
-    "Refuse records that contradict each other."
+    "Refuse records that contradict each other, or the list of coded parameters."
     unique((l['name'] for g in groups for l in g['linears']), where, 'the linear')
     for g in groups:
         if g['r'] > WIDEST*g['d']:
@@ -423,6 +470,7 @@ def check_groups(
             if l['nnz'] > rows*columns:
                 raise ValueError(f"{where}: V of {l['name']} has {l['nnz']} non-zeros of "
                                  f"{rows*columns} entries")
+    coded_factors(groups, coded, where)
 
 # %% ../nbs/07_folder_format.ipynb #07-c070
 ATTENTION = (None, 'eager', 'sdpa', 'flex_attention') # implementations that a folder may ask for
@@ -488,8 +536,8 @@ def read_config(
         raise ValueError(f"{f} does not describe a model saved by fips_nb")
     check_version(config.get('version', 0), folder)
     conform(config, kind, f)
-    check_groups(config['groups'], f)
     unique(config.get('coded', ()), f, 'the coded parameter')
+    check_groups(config['groups'], f, config.get('coded', ()))
     if not config['groups'] and not config.get('coded'):
         raise ValueError(f"{f} tells of no factors and of no codes")
     return config | dict(rest=config.get('rest', 'keep'))
@@ -619,6 +667,49 @@ def check_decoded(
     if n > MOST_DECODED*nbytes + SPARE//4:
         raise ValueError(f"its codes would decode to {n:,} values, and its files have "
                          f"{nbytes:,} bytes")
+
+# %% ../nbs/07_folder_format.ipynb #07-c08g
+def factor_names(
+    layers:dict, # name -> FactorLinear, with one basis or none
+) -> list:
+    "Names of the parameters of a group of factors, the basis first."
+    first,f = next(iter(layers.items()))
+    return [*([] if f.U is None else [f'{first}.U']), *(f'{n}.V' for n in layers)]
+
+def whole_groups(
+    groups:list, # from layer_groups
+    codes:dict, # name of a parameter -> code
+) -> tuple[list,dict]: # for each group whether all of it is coded; codes without those of others
+    "Which groups of factors can be stored as codes."
+    whole = [codes.keys() >= set(factor_names(g)) for g in groups]
+    gone = {k for g,w in zip(groups, whole) if not w for k in factor_names(g)}
+    return whole, {k: data for k,data in codes.items() if k not in gone}
+
+def stored_values(
+    groups:list, # from layer_groups
+    whole:list, # whether each is stored as codes
+    dtype:torch.dtype|None, # that was asked for, or None
+    exact:bool=True, # see value_dtype_of
+) -> torch.dtype|None: # None where there are no such groups
+    "The dtype in which the values of the groups are stored that are not coded."
+    plain = [g for g,w in zip(groups, whole) if not w]
+    return dtype or (value_dtype_of(plain, exact) if plain else None)
+
+# %% ../nbs/07_folder_format.ipynb #07-c08h
+def coded_record(
+    layers:dict, # name -> FactorLinear, with one basis or none
+    **more, # entries of the group
+) -> dict: # see group_record
+    "What a folder says of a group whose factors are stored as codes."
+    dtype = next(iter(layers.values())).V.dtype
+    linears = [linear_record(name, f, dtype) for name,f in layers.items()]
+    return group_record(layers, dtype, linears) | more
+
+def version_of(
+    groups:list, # records of groups
+) -> int: # of the format
+    "The first version of the format that has what `groups` tell of."
+    return 4 if any(is_coded(g, 'the records') for g in groups) else 3
 
 # %% ../nbs/07_folder_format.ipynb #07-067
 def shard_files(

@@ -20,13 +20,14 @@ from torch.overrides import TorchFunctionMode
 from . import __version__
 from .sparse_factors import FactorLinear, factor_layers
 from .state import read_meta, write_tensors
-from .folder_format import FORMAT, VERSION, all_finite, bounded_build, check_claims
+from .folder_format import FORMAT, all_finite, bounded_build, check_claims
 from .folder_format import check_compressed, check_decoded, check_finite
-from .folder_format import coded_name, codes_of, decoded
 from .folder_format import check_nonzeros, check_tables, dtype_name, dtype_named, header
-from .folder_format import group_record, in_order, layer_groups, linear_record, main_dtype
-from .folder_format import outside, pack_values, refusing, store_rest, swap_in, unpack_values
-from .folder_format import value_dtype_of
+from .folder_format import coded_factors, coded_name, coded_record, codes_of, decoded
+from .folder_format import factor_shapes, group_record, in_order, is_coded, layer_groups
+from .folder_format import linear_record, main_dtype, outside, pack_values, refusing
+from .folder_format import store_rest, stored_values, swap_in, unpack_values, version_of
+from .folder_format import whole_groups
 
 # %% ../nbs/07a_timm_folders.ipynb #07-023
 def pack_group(
@@ -41,8 +42,13 @@ def pack_group(
     if U is not None: tensors['U'] = U.detach().cpu().to(dtype)
     check_finite(tensors, next(iter(layers)), dtype)
     linears = [linear_record(name, f, dtype) for name,f in layers.items()]
-    name = '..'.join(dict.fromkeys([linears[0]['name'], linears[-1]['name']]))
-    return tensors, group_record(layers, dtype, linears) | dict(name=name, codec=codec)
+    about = dict(name=_name_of(layers), codec=codec)
+    return tensors, group_record(layers, dtype, linears) | about
+
+def _name_of(layers):
+    "What a group is called: its first and its last layer."
+    names = list(layers)
+    return '..'.join(dict.fromkeys([names[0], names[-1]]))
 
 # %% ../nbs/07a_timm_folders.ipynb #07-024
 def unpack_group(
@@ -243,15 +249,19 @@ def _sha256(path):
 # %% ../nbs/07a_timm_folders.ipynb #07a-c035
 def _packed(model, fresh, dtype, rest):
     "Tensors of the file, entries of `config.json` about them, relative error of rounding the rest."
-    groups, codes = layer_groups(model), codes_of(model)
-    own, tied = _rest(model, fresh)
+    groups, (own, tied) = layer_groups(model), _rest(model, fresh)
+    whole, codes = whole_groups(groups, codes_of(model))
     tensors, stored, error = store_rest({k: t for k,t in own.items() if k not in codes}, rest)
     tensors |= {coded_name(k): data for k,data in codes.items()}
-    records = []
+    exact = rest == 'keep' or not getattr(model, 'fips_codes', None)
+    values, records = stored_values(groups, whole, dtype, exact), []
     for i,g in enumerate(groups):
-        packed, record = pack_group(g, dtype or value_dtype_of(groups))
+        if whole[i]: packed, record = {}, coded_record(g, name=_name_of(g), codec='coded')
+        else: packed, record = pack_group(g, values)
         tensors = tensors | {f'fips.{i}.{k}': t for k,t in packed.items()}
         records.append(record)
+    check_decoded({k: model.get_parameter(k).shape for k in codes},
+                  sum(t.nbytes for t in tensors.values()))
     main = main_dtype(own)
     others = [k for k,t in own.items() if t.is_floating_point() and t.dtype != main]
     about = dict(dtype=dtype_name(main), rest=stored, tied=tied, groups=records,
@@ -277,7 +287,8 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     path, description = folder/'model.safetensors', folder/'config.json'
     write_tensors(path, tensors, format='pt')
-    head = dict(format=FORMAT, version=VERSION, fips_nb=__version__, **made)
+    version = version_of(about['groups'])
+    head = dict(format=FORMAT, version=version, fips_nb=__version__, **made)
     check = dict(bytes=path.stat().st_size, sha256=_sha256(path))
     config = head | check | about | dict(report=report)
     description.write_text(json.dumps(config, indent=1, default=str) + '\n')
@@ -314,6 +325,7 @@ def _claims(model, config, names):
     "Names and shapes of all tensors that the file of `config` must hold."
     want = {}
     for i,g in enumerate(config['groups']):
+        if is_coded(g, 'config.json'): continue
         dense = g['codec'] == 'dense'
         n = sum(math.prod(l['shape']) if dense else l['nnz'] for l in g['linears'])
         want[f'fips.{i}.V'] = (n,)
@@ -325,8 +337,9 @@ def _claims(model, config, names):
     for k,v in tied.items():
         if k not in rest or v not in rest or v in tied or rest[k].shape != rest[v].shape:
             raise ValueError(f"{k} cannot be tied to {v}")
+    factors = coded_factors(config['groups'], config.get('coded', ()), 'config.json')
     for k in (coded := set(config.get('coded', ()))):
-        if k not in rest or k in tied:
+        if k not in rest | factors or k in tied:
             raise ValueError(f"{k} is coded, and the model has no such parameter")
     want |= {coded_name(k): None for k in coded}
     return want | {k: tuple(t.shape) for k,t in rest.items() if k not in tied and k not in coded}
@@ -352,14 +365,6 @@ def _computes(model):
     own = [t for m in model.modules() for t in (*m._buffers.values(), *vars(m).values())]
     return any(torch.is_tensor(t) and id(t) not in kept for t in own)
 
-def _fill_group(model, record, tensors):
-    "Put the factors of one group in place of the linears, or of blank factors."
-    U, Vs = unpack_group(tensors, record)
-    basis = None if U is None else nn.Parameter(U)
-    for l,V in zip(record['linears'], Vs):
-        bias = model.get_submodule(l['name']).bias
-        model.set_submodule(l['name'], FactorLinear(basis, V, l['role'], bias).eval())
-
 def _fill(model, tensors, tied, own):
     "Put `tensors` into `model`, tied ones as one object; names in `own` may have any dtype."
     made = {}
@@ -378,6 +383,31 @@ def _fill(model, tensors, tied, own):
             continue
         grad = real and old.requires_grad
         m._parameters[name] = made.setdefault(tied.get(k, k), nn.Parameter(t, requires_grad=grad))
+
+# %% ../nbs/07a_timm_folders.ipynb #07a-c04g
+def _decode_group(record, codes):
+    "Decode the factors of one group: its basis or None, and its projections."
+    dtype, made = dtype_named(record['dtype']), {}
+    for k,shape in factor_shapes(record).items(): made[k] = decoded(codes[k], shape, dtype, k)
+    U = in_order(made.pop(next(iter(made))), record['order']) if record['r'] else None
+    for V,l in zip(made.values(), record['linears']): check_nonzeros(V, l)
+    return U, [in_order(V, l['order']) for V,l in zip(made.values(), record['linears'])]
+
+def _fill_group(model, record, U, Vs):
+    "Put the factors of one group in place of the linears, or of blank factors."
+    basis = None if U is None else nn.Parameter(U)
+    for l,V in zip(record['linears'], Vs):
+        bias = model.get_submodule(l['name']).bias
+        model.set_submodule(l['name'], FactorLinear(basis, V, l['role'], bias).eval())
+
+def _fill_groups(model, groups, tensors, codes):
+    "Take the factors of all groups out of `tensors` or `codes`, and put them into `model`."
+    for i,record in enumerate(groups):
+        stored = {k: f'fips.{i}.{k}' for k in ('U', 'V', 'mask')}
+        found = {k: tensors.pop(n).clone() for k,n in stored.items() if n in tensors}
+        coded = is_coded(record, 'config.json')
+        made = _decode_group(record, codes) if coded else unpack_group(found, record)
+        _fill_group(model, record, *made)
 
 # %% ../nbs/07a_timm_folders.ipynb #07-059
 def _widened(name, t, config):
@@ -402,15 +432,13 @@ def read(
             model = build(config).to(dtype_named(config['dtype']))
             for record in config['groups']: _place(model, record, names)
         tensors = load_file(path)
-        for i,record in enumerate(config['groups']):
-            stored = {k: f'fips.{i}.{k}' for k in ('U', 'V', 'mask')}
-            found = {k: tensors.pop(n).clone() for k,n in stored.items() if n in tensors}
-            _fill_group(model, record, found)
         codes = {k: tensors.pop(coded_name(k)).clone() for k in config.get('coded', ())}
+        _fill_groups(model, config['groups'], tensors, codes)
         rest = {k: _widened(k, t, config) for k,t in tensors.items()}
-        for k,data in codes.items():
+        factors = coded_factors(config['groups'], codes, path)
+        for k in codes.keys() - factors.keys():
             p = model.get_parameter(k)
-            rest[k] = decoded(data, p.shape, p.dtype, k)
+            rest[k] = decoded(codes[k], p.shape, p.dtype, k)
         own = rest if config['version'] == 1 else config.get('own', ())
         _fill(model, rest, config['tied'], own)
     model.fips_config = config

@@ -6,6 +6,9 @@ from timm.models import ConvNeXt, Eva, MlpMixer, SwinTransformer, VisionTransfor
 from timm.models.vision_transformer import ParallelThingsBlock
 
 from fips_nb.budgets import PRESETS
+from fips_nb.coded_models import find_parts
+from fips_nb.entropy_coding import encode
+from fips_nb.rate_distortion import Codes
 
 SMALL = dict(embed_dim=16, depth=2, num_heads=2, num_classes=5)
 PLAIN = SMALL | dict(img_size=8, patch_size=4)
@@ -73,3 +76,17 @@ def quick(preset, **kw):
     cfg = PRESETS[preset]
     fast = dict(als=dict(levels=2), blocks=dict(block_steps=3), svd={})[cfg.fit]
     return fast | (dict(distill_epochs=1) if cfg.distill_epochs else {}) | kw
+
+
+def put_codes(model, step=-20):
+    "Codes for all parts of `model` with steps of 2^(step/4), put into it."
+    model.fips_codes = {}
+    for part in find_parts(model):
+        p = model.get_parameter(part.name)
+        W = p.detach().float().view(part.shape)
+        q = (W/2.**(step/4)).round().clamp(-30000, 30000).to(torch.int16)
+        rows, columns = torch.full((len(q),), step, dtype=torch.int16), torch.zeros(q.shape[1], dtype=torch.int16)
+        p.data.copy_((c := Codes(q, rows, columns)).weight().view(p.shape))
+        model.fips_codes[part.name] = encode(c)
+    model.fips_codes = dict(sorted(model.fips_codes.items()))
+    return model.eval()

@@ -227,7 +227,7 @@ def test_python_and_the_command_line_agree(fips):
 
 def test_presets_of_help_are_those_of_the_package(fips):
     said = " ".join(fips("compress", "--help")[1].split()).replace("- ", "-")  # of words broken at a hyphen
-    assert f"method: {', '.join(['rounding', *PRESETS])} (default: rounding for --bits" in said
+    assert f"method: {', '.join(['rounding', *PRESETS, 'auto'])} (default: auto for --bits" in said
 
 
 def test_help_is_quick_and_light():

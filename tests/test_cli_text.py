@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import fips_nb.transformers_folders  # noqa: F401 (registers the format with transformers)
-from fips_nb import coded_models, pipeline, planner
-from fips_nb.budgets import configure
+from fips_nb import coded_models, commands, pipeline, planner
+from fips_nb.budgets import PRESETS, configure
 from fips_nb.cli import main
 from fips_nb.models import is_text_model
 from fips_nb.text import enough_windows
@@ -191,6 +191,155 @@ def test_bits(lm, tmp_path, capsys, monkeypatch):
     assert status == 2 and 'the least possible is' in err and not (tmp_path / 'x').exists()
 
 
+@pytest.mark.parametrize('preset', PRESETS)
+def test_bits_of_factors(preset, lm, tmp_path, capsys):
+    "A file of a given size for every preset, everything counted."
+    more = [] if preset in ('fips-paper', *SVDS) else ['--levels', 2]
+    words = ['compress', lm / 'llama', '--calib', lm / 'text.txt', '--n-calib', 8, '--distill-epochs', 1, '--json',
+             '--preset', preset, '--bits', 7, '--budget', .4, *more, '--out', tmp_path / 'm']
+    status, made, err = fips(capsys, *words)
+    assert status == 0 and f'by {preset} to' in err and err.count('\n') == 1, err
+    n = sum(p.numel() for p in tf.AutoModelForCausalLM.from_pretrained(lm / 'llama').parameters())
+    size = (tmp_path / 'm/model.safetensors').stat().st_size
+    assert .98 * 7 <= 8 * size / n <= 7 and made['bytes'] == size and made['bits'] == pytest.approx(8 * size / n)
+    assert made['preset'] == preset and made['factors']['mlp_budget'] <= .4
+    said = fips(capsys, 'info', tmp_path / 'm', '--json', '--plot', tmp_path / 'm.png')[1]
+    assert said['preset'] == preset and said['bits'] == made['bits'] and said['model_params'] == n
+    kept = {'budget', 'mlp_budget', 'mlp_params', 'model_ratio', 'config', 'layers'}
+    assert kept <= said['factors'].keys() and said['factors']['config']['distill_epochs'] == 0
+    assert {'name', 'shape', 'bits', 'zeros', 'step'} == said['layers'][0].keys()
+    assert {'name', 'rank', 'density', 'error'} <= said['factors']['layers'][0].keys()
+    assert (tmp_path / 'm.png').stat().st_size > 10_000
+    text = fips(capsys, 'info', tmp_path / 'm', '--layers')[1]
+    assert 'bits per weight' in text and 'The factors before they were rounded' in text
+    assert 'model.layers.0.mlp.up_proj.V' in text and '  up  ' in text
+    net = tf.AutoModelForCausalLM.from_pretrained(tmp_path / 'm')
+    names = {l['name'] for l in said['layers']}
+    assert names == set(net.fips_codes) and {'U', 'V'} >= {k[-1] for k in names if '.mlp.' in k}
+
+
+SVDS = ('svd', 'asvd', 'svd-llm', 'basis-sharing', 'aafm', 'gfm')
+
+
+def test_options_of_coded_factors(lm, tmp_path, capsys):
+    words = ['compress', lm / 'llama', '--calib', lm / 'text.txt', '--n-calib', 8, '--distill-epochs', 0, '--json']
+    given = ['--targets', 'all', '--group-size', 1, '--sparsity', .6, '--levels', 3, '--preset', 'fips-als', '--bits', 8]
+    status, made, err = fips(capsys, *words, *given, '--out', tmp_path / 'm')
+    assert status == 0 and ' 21 linears' in err and 'no distillation' in err, err
+    said = fips(capsys, 'info', tmp_path / 'm', '--json')[1]['factors']
+    assert {k: said['config'][k] for k in ('targets', 'group_size', 'sparsity', 'levels')} == dict(
+        targets='all', group_size=1, sparsity=.6, levels=3)
+    assert len(said['layers']) == 21 and made['factors']['n_bases'] > 2 and said['budget'] == .5
+    text = fips(capsys, *words[:-1], *given, '--out', tmp_path / 'n')[1]
+    assert 'compressed by fips-als and rounded into' in text and 'of the MLPs and attentions' in text
+    assert 'Distillation took' not in text
+
+
+def test_auto_rounds_at_two_bits(lm, tmp_path, capsys):
+    words = ['compress', lm / 'llama', '--calib', lm / 'text.txt', '--n-calib', 8, '--distill-epochs', 0, '--json']
+    for i, how in enumerate((['--bits', 7], ['--bits', 7, '--preset', 'auto'], ['--bits', 7, '--preset', 'rounding'])):
+        status, made, err = fips(capsys, *words, *how, '--out', tmp_path / str(i))
+        assert status == 0 and made['preset'] == 'rounding' and made['notes'] == [] and 'factors' not in made
+        assert err.count('\n') == 1 and 'by rounding to' in err
+    for i in (1, 2): same_tensors(tmp_path / '0', tmp_path / str(i))
+
+
+@pytest.mark.parametrize('size', ['--bits', '--target-bytes'])
+@pytest.mark.parametrize('better', ['rounding', 'fips-als'])
+def test_auto_keeps_the_better(better, size, lm, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(commands, 'AUTO_BITS', 16)
+    seen, real = [], commands._divergences
+
+    def measure(request, models, batches):
+        seen.extend([real(request, models, batches), len(batches)])
+        return [.1, .2] if better == 'rounding' else [.2, .1]
+    monkeypatch.setattr(commands, '_divergences', measure)
+    fitted = []
+    for module, name in ((coded_models, 'code_model'), (pipeline, 'compress')):
+        def spy(model, batches, *a, call=getattr(module, name), **k):
+            fitted.append(len(batches))
+            return call(model, batches, *a, **k)
+        monkeypatch.setattr(module, name, spy)
+    much = 7 if size == '--bits' else 34000
+    words = ['compress', lm / 'llama', '--calib', lm / 'text.txt', '--n-calib', 10, '--batch-size', 1,
+             '--distill-epochs', 1, size, much, '--out', tmp_path / 'm']
+    status, made, err = fips(capsys, *words, '--json')
+    assert status == 0 and made['preset'] == better and ('factors' in made) == (better != 'rounding'), err
+    assert fitted == [8, 8, 8] and seen[1] == 2 and all(0 < d < 1 for d in seen[0])  # two of ten were kept out
+    (note,) = made['notes']
+    assert note.startswith('on 2 batches that were kept out, the divergence of rounding is 0.') and 'fips-als 0.' in note
+    assert err.count('\n') == 1 and 'by rounding and by fips-als to' in err
+    assert not (tmp_path / 'm.state').exists()
+    assert set(made['seconds_by_phase']) >= {'moments', 'factors', 'costs', 'rounding', 'distillation'}
+    assert fips(capsys, 'info', tmp_path / 'm', '--json')[1]['preset'] == better
+
+
+def test_auto_without_a_choice(lm, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(commands, 'AUTO_BITS', 16)
+    words = ['compress', lm / 'llama', '--calib', lm / 'text.txt', '--distill-epochs', 0, '--bits', 7, '--json']
+    status, made, _ = fips(capsys, *words, '--n-calib', 8, '--out', tmp_path / 'few')
+    assert status == 0 and made['preset'] == 'rounding'
+    assert made['notes'] == ['fips-als was not tried: of 1 batches none can be kept out to compare with rounding']
+
+    def fail(*a, **k): raise ValueError('a budget is too small; the smallest possible is 1')
+    monkeypatch.setattr(pipeline, 'compress', fail)
+    status, made, _ = fips(capsys, *words, '--n-calib', 8, '--batch-size', 1, '--out', tmp_path / 'none')
+    assert status == 0 and made['preset'] == 'rounding' and 'not tried: a budget is too small' in made['notes'][0]
+    assert made['notes'][0].startswith('fips-als')
+
+
+@pytest.mark.parametrize('preset', ['fips-als', 'auto'])
+@pytest.mark.parametrize('where', ['factors', 'codes', 'distillation'])
+def test_coded_factors_resume(preset, where, lm, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(commands, 'AUTO_BITS', 16)
+    words = ['compress', lm / 'llama', '--calib', lm / 'text.txt', '--n-calib', 8, '--batch-size', 1, '--bits', 7,
+             '--distill-epochs', 1, '--preset', preset, *([] if preset == 'auto' else ['--group-size', 1])]
+    assert fips(capsys, *words, '--out', tmp_path / 'whole')[0] == 0
+    cut = [*words, '--out', tmp_path / 'cut']
+    calls, last = [], dict(factors=(pipeline, 'fit_plan'), codes=(coded_models, 'round_to_bytes'),
+                           distillation=(coded_models, 'distill_codes'))[where]
+    real = getattr(*last)
+    with monkeypatch.context() as m:
+        nth = 2 if preset == 'auto' and where != 'factors' else 1  # auto rounds the dense model first
+
+        def stop(*a, **k):
+            calls.append(0)
+            if len(calls) == nth: raise KeyboardInterrupt
+            return real(*a, **k)
+        m.setattr(*last, stop)
+        status, _, err = fips(capsys, *cut)
+    assert status == 130, err
+    if where == 'factors' and preset == 'fips-als':  # nothing was finished but moments
+        assert not list((tmp_path / 'cut.state').glob('*.safetensors'))
+    else: assert '--resume' in err
+    if where != 'factors': assert list((tmp_path / 'cut.state/factors').glob('group-*.safetensors'))
+    if (tmp_path / 'cut.state').exists():
+        status, _, err = fips(capsys, *cut, '--resume', '--seed', 1)
+        assert status == 2 and 'differ' in err
+    with monkeypatch.context() as m:
+        if where != 'factors': m.setattr(pipeline, 'fit_plan', lambda *a, **k: 1 / 0)  # nothing is fitted again
+        assert fips(capsys, *cut, '--resume')[0] == 0
+    same_tensors(tmp_path / 'cut', tmp_path / 'whole')
+    assert not (tmp_path / 'cut.state').exists()
+    status, _, err = fips(capsys, *cut, '--resume')
+    assert status == 0 and 'is complete' in err
+
+
+def test_an_old_state_of_stages_counts_for_nothing(lm, tmp_path, capsys, monkeypatch):
+    words = ['compress', lm / 'llama', '--calib', lm / 'text.txt', '--n-calib', 8, '--bits', 7, '--distill-epochs', 1,
+             '--out', tmp_path / 'm']
+    with monkeypatch.context() as m:
+        m.setattr(coded_models, 'distill_codes', interrupt)
+        assert fips(capsys, *words, '--preset', 'svd')[0] == 130
+    assert (tmp_path / 'm.state/factors').is_dir()
+    with monkeypatch.context() as m:
+        m.setattr(coded_models, 'distill_codes', interrupt)
+        assert fips(capsys, *words, '--preset', 'rounding')[0] == 130
+    assert not list((tmp_path / 'm.state/factors').glob('*.safetensors'))
+    assert fips(capsys, *words, '--preset', 'rounding', '--resume')[0] == 0
+    assert [p.name for p in tmp_path.iterdir()] == ['m']
+
+
 def interrupt(*a, **k):
     raise KeyboardInterrupt
 
@@ -288,11 +437,19 @@ def test_encoder(lm, tmp_path, capsys):
     ('compress LM/llama --out OUT --calib LM/text.txt --plan nowhere.json', 'no plan nowhere.json'),
     ('compress LM/llama --out OUT --calib LM/text.txt --plan nowhere.json --preset svd',
      '--plan is for the preset fips-als'),
-    ('compress LM/llama --out OUT --calib LM/text.txt --bits 4 --budget 0.5', 'not allowed with'),
+    ('compress LM/llama --out OUT --calib LM/text.txt --bits 4 --budget 0.5',
+     'or name a --preset of factors'),
+    ('compress LM/llama --out OUT --calib LM/text.txt --bits 4 --budget 0.5 --preset rounding', 'both say how small'),
+    ('compress LM/llama --out OUT --calib LM/text.txt --bits 4 --target-ratio 0.5 --preset svd', 'both say how small'),
+    ('compress LM/llama --out OUT --calib LM/text.txt --bits 4 --preset svd --dtype float16', 'factors of 16 bits'),
+    ('compress LM/llama --out OUT --calib LM/text.txt --bits 4 --preset svd --stream', 'factors of 16 bits'),
+    ('compress LM/llama --out OUT --calib LM/text.txt --bits 4 --preset svd --budget 1e-5', 'smallest possible'),
+    ('compress LM/llama --out OUT --calib LM/text.txt --preset auto', '--bits or --target'),
+    ('compress LM/llama --out OUT --calib LM/text.txt --bits 14 --preset svd --budget 0.3', 'than these factors in'),
     ('compress LM/llama --out OUT --calib LM/text.txt --bits 0', 'outside (0, 16)'),
     ('compress LM/llama --out OUT --calib LM/text.txt --bits nan', 'outside (0, 16)'),
     ('compress LM/llama --out OUT --calib LM/text.txt --bits 4 --targets mlp', 'is for factors'),
-    ('compress LM/llama --out OUT --calib LM/text.txt --bits 4 --preset svd', '--target-bytes or'),
+    ('compress LM/llama --out OUT --calib LM/text.txt --bits 4 --preset sdv', 'there are rounding, fips-als, '),
     ('compress LM/llama --out OUT --calib LM/text.txt --preset rounding', '--bits or --target'),
     ('plan LM/llama --calib LM/text.txt',
      'one of the arguments --budget --target-ratio --target-bytes is required'),

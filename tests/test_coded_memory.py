@@ -3,15 +3,20 @@ import copy
 
 import pytest
 import torch
+from small import put_codes
 from torch import nn
 
-from fips_nb import coded_memory, hub
+from fips_nb import coded_memory, commands, hub
 from fips_nb.coded_memory import Int8Embedding, Int8Linear, bench_modes, hold_as, int8_product
-from fips_nb.coded_models import code_model, find_parts, measure_costs
+from fips_nb.coded_models import bits_to_bytes, code_model, dense_params, find_parts, measure_costs
 from fips_nb.demo import demo_images, demo_vit
+from fips_nb.distillation import output_loss
 from fips_nb.entropy_coding import encode
-from fips_nb.packing import random_factors, resident_bytes
+from fips_nb.folder_format import folder_bytes
+from fips_nb.packing import optimize, pack, random_factors, resident_bytes
+from fips_nb.pipeline import compress
 from fips_nb.rate_distortion import Codes
+from fips_nb.sparse_factors import FactorLinear
 
 
 def by_hand(module, limit=7, big=()):
@@ -154,3 +159,76 @@ def test_entries_of_a_sparse_projection_do_not_make_up_for_each_other(preset):
     costs = measure_costs(model, [demo_images("train")[0][:32]], find_parts(model))
     found = [(k, c.C) for k, c in costs.items() if k.endswith(".V")]
     assert len(found) == 40 and all(torch.equal(C, torch.diag(C.diagonal())) for _, C in found)
+
+
+# ---- factors ----
+
+def factored_vit():
+    "The demo with factors, made without a fit that takes time."
+    return compress(demo_vit(), [demo_images("train")[0][:50]], .4, levels=1, distill_epochs=0, group_size=5).model
+
+
+def test_factors_are_parts_whatever_their_size():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            U = nn.Parameter(torch.randn(8, 4))
+            self.a, self.b = FactorLinear(U, torch.randn(4, 6), "up"), FactorLinear(U, torch.randn(4, 6), "down")
+            self.c = nn.Linear(8, 8)
+    net = Net()
+    assert [(p.name, p.shape) for p in find_parts(net)] == [("a.U", (8, 4)), ("a.V", (4, 6)), ("b.V", (4, 6))]
+    assert find_parts(net)[0].uses == (("a", "U"), ("b", "U")) and dense_params(net) == 8*6*2 + 72
+
+
+def test_a_teacher_is_followed_and_counted():
+    model, batches = demo_vit(), list(demo_images("train")[0][:160].split(20))
+    made = factored_vit()
+    nbytes = bits_to_bytes(model, 3)
+    alone, told = (code_model(made, batches, nbytes, 2, teacher=t) for t in (None, model))
+    assert [r.report["config"]["teacher"] for r in (alone, told)] == ["itself", "given"]
+    n = sum(p.numel() for p in model.parameters())
+    assert told.report["model_params"] == alone.report["model_params"] == dense_params(made) == n
+    assert 8*told.report["coded_bytes"]/n == pytest.approx(told.report["bits"]) and told.report["bits"] <= 3
+    held = demo_images("train")[0][200:400]
+    with torch.no_grad():
+        loss = [output_loss(r.model(held), model(held)).item() for r in (told, alone)]
+    assert loss[0] < loss[1] # one of them knows what it stands for
+    assert told.report["divergences"][0] > alone.report["divergences"][0]
+    names = {f"blocks.{i}.mlp.{k}" for i in range(20) for k in ("fc1.V", "fc2.V")}
+    assert names | {f"blocks.{i}.mlp.fc1.U" for i in (0, 5, 10, 15)} <= told.model.fips_codes.keys()
+
+
+@pytest.mark.parametrize("preset", ["fips-als", "pruning"])
+def test_factors_that_no_output_depends_on_are_coded_too(preset, tmp_path):
+    "Else the whole group would be stored in 16 bits, and the file would exceed its size."
+    images, dense = list(demo_images("train")[0][:40].split(20)), demo_vit()
+    model = compress(dense, images, .4, preset, levels=1, distill_epochs=0).model
+    model.blocks[19].mlp.forward = lambda x: torch.zeros_like(x)
+    made = code_model(model, images, bits_to_bytes(dense, 4), 0, teacher=dense)
+    assert {"blocks.19.mlp.fc1.V", "blocks.19.mlp.fc2.V"} <= made.model.fips_codes.keys()
+    del made.model.blocks[19].mlp.forward
+    V, W = (m.blocks[19].mlp.fc1.V for m in (model, made.model))
+    assert (V - W).norm() < .8*V.norm()
+    folder = hub.save(made, tmp_path/"m")
+    assert folder_bytes(folder) <= made.report["coded_bytes"] <= bits_to_bytes(dense, 4)
+
+
+def test_factors_are_not_held_as_codes():
+    made = put_codes(factored_vit())
+    for mode in ("int8", "coded"):
+        with pytest.raises(ValueError, match="blocks.0.mlp.fc1 of this VisionTransformer has factors.*optimize"):
+            hold_as(made, mode)
+    assert made.fips_codes and not hasattr(made, "fips_mode")
+    x = demo_images("test")[0][:3]
+    with torch.no_grad(): want, got = made(x), hold_as(copy.deepcopy(made), "dense")(x)
+    assert torch.equal(want, got)
+
+
+def test_bench_packs_coded_factors(tmp_path):
+    folder = hub.save(put_codes(factored_vit()), tmp_path/"m")
+    row, = commands.bench(str(folder))["rows"]
+    assert row["mode"] == "packed" and sum(row["formats"].values()) == 40
+    x = demo_images("test")[0][:3]
+    model = hub.load(folder)
+    choices = optimize(model, x, repeats=1, log=None)
+    with torch.no_grad(): torch.testing.assert_close(pack(copy.deepcopy(model), choices)(x), model(x), rtol=1e-4, atol=1e-4)

@@ -1,4 +1,5 @@
 """Saved timm models: round trips over presets, shapes, dtypes, architectures; broken files."""
+import copy
 import hashlib
 import json
 import pathlib
@@ -8,9 +9,10 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from small import put_codes
 from torch import nn
 
-from fips_nb import state, timm_folders
+from fips_nb import folder_format, state, timm_folders
 from fips_nb.demo import demo_images, demo_vit
 from fips_nb.folder_format import VERSION, dense_bytes, file_parts, folder_bytes, narrow
 from fips_nb.folder_format import outside, read_config, round_rest
@@ -315,6 +317,163 @@ def test_buffers_that_are_no_state(tmp_path):
     same(m, load(save(m, tmp_path/"b")), torch.randn(1, 3, 224, 224))
     table.mul_(1 + 1e-5)
     same(m, load(save(m, tmp_path/"c", rest="keep")), torch.randn(1, 3, 224, 224))
+
+
+# ---- coded factors ----
+
+CODED = [("fips-als", dict(levels=2)), ("fips-als", dict(levels=2, targets="all")), ("pruning", dict(levels=2)),
+         ("svd", {}), ("basis-sharing", {}), ("aafm", {})]
+
+
+@pytest.fixture(scope="module")
+def coded_model(batches):
+    model = compress(demo_vit(), batches, .4, levels=2, group_size=5, distill_epochs=0).model
+    return round_rest(put_codes(model, -28))
+
+
+@pytest.fixture
+def coded(coded_model, tmp_path): return save(coded_model, tmp_path/"m")
+
+
+@pytest.mark.parametrize("preset,kw", CODED, ids=lambda x: x if isinstance(x, str) else "-".join(x))
+def test_coded_factors(preset, kw, batches, tmp_path):
+    model = compress(demo_vit(), batches, .4, preset=preset, distill_epochs=0, **kw).model
+    round_rest(put_codes(model))
+    back = load(save(model, tmp_path/"m"))
+    same(model, back, demo_images("test")[0][:50])
+    assert all(torch.equal(data, back.fips_codes[k]) for k, data in model.fips_codes.items())
+    config, parts = read_config(tmp_path/"m"), file_parts(tmp_path/"m")
+    assert config["version"] == 4 and {g["codec"] for g in config["groups"]} == {"coded"}
+    assert sum(parts.values()) == folder_bytes(tmp_path/"m")
+    assert parts["codes"] > 0 and parts["U"] == parts["V"] == parts["mask"] == 0
+    save(back, tmp_path/"n")
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path/"m"/name).read_bytes() == (tmp_path/"n"/name).read_bytes()
+    with torch.no_grad():
+        plain = demo_vit(pretrained=False).eval()
+        if preset != "aafm": # which adds biases
+            plain.load_state_dict(load_file(export(tmp_path/"m", tmp_path/"d")/"model.safetensors"))
+            x = demo_images("test")[0][:9]
+            torch.testing.assert_close(plain(x), model(x), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_coded_factors_of_a_model_of_16_bits(dtype, batches, tmp_path):
+    model = compress(demo_vit(), batches, .4, levels=2, distill_epochs=0).model.to(dtype)
+    same(put_codes(model), load(save(model, tmp_path/"m")))
+    assert {g["dtype"] for g in read_config(tmp_path/"m")["groups"]} == {str(dtype)[6:]}
+
+
+def test_memory_order_of_coded_factors_is_kept(coded_model, tmp_path):
+    m = copy.deepcopy(coded_model)
+    layers = list(factor_layers(m).values())
+    U, first = nn.Parameter(layers[0].U.detach().T.contiguous().T), layers[0].U
+    for f in layers:
+        if f.U is first: f.U = U
+    layers[3].V = nn.Parameter(layers[3].V.detach().T.contiguous().T)
+    back = load(save(m, tmp_path/"m"))
+    same(m, back)
+    assert not back.blocks[0].mlp.fc1.U.is_contiguous()
+
+
+@pytest.mark.parametrize("name", ["blocks.0.mlp.fc1.U", "blocks.3.mlp.fc2.V"])
+@pytest.mark.parametrize("rest", ["16bit", "keep"])
+def test_a_group_that_has_changed_is_stored_in_16_bits(name, rest, coded_model, tmp_path):
+    m = copy.deepcopy(coded_model)
+    with torch.no_grad(): m.get_parameter(name)[0, 0] += 1e-3
+    with pytest.warns(UserWarning, match=f"1 of {len(m.fips_codes)} .* such as {name}"):
+        save(m, tmp_path/"m", rest=rest)
+    config = read_config(tmp_path/"m")
+    kinds = [g["codec"] == "coded" for g in config["groups"]]
+    assert kinds == [False, True, True, True]
+    ours = {f"blocks.{i}.mlp.fc{j}.{k}" for i in range(5) for j in (1, 2) for k in "UV"}
+    assert not ours & set(config["coded"]) and len(config["coded"]) == len(m.fips_codes) - 11
+    assert config["groups"][0]["values"] == ("float16" if rest == "16bit" else "float32")
+    back = load(tmp_path/"m")
+    for k, p in m.named_parameters():
+        if rest == "keep" or k not in ours: assert torch.equal(p, back.get_parameter(k)), k
+        else: torch.testing.assert_close(p, back.get_parameter(k), rtol=1e-3, atol=1e-6)
+    same(back, load(save(back, tmp_path/"n", rest=rest)))
+
+
+def test_codes_of_a_part_of_a_group_are_dropped(coded_model, tmp_path):
+    m = copy.deepcopy(coded_model)
+    del m.fips_codes["blocks.7.mlp.fc1.V"]
+    same(load(save(m, tmp_path/"m")), load(save(load(tmp_path/"m"), tmp_path/"n")))
+    assert [g["codec"] == "coded" for g in read_config(tmp_path/"m")["groups"]] == [True, False, True, True]
+
+
+def without(name): 
+    return lambda t, c: (t.pop(name.rpartition(".")[0] + ".coded." + name[-1]), c["coded"].remove(name))
+
+
+def add_code(name):
+    "A code under another name, and that name among the coded parameters."
+    def change(t, c):
+        t[name.rpartition(".")[0] + ".coded." + name[-1]] = t["blocks.0.mlp.fc1.coded.V"].clone()
+        c["coded"].append(name)
+    return change
+
+
+def codec(i, kind): return lambda t, c: c["groups"][i].update(codec=kind)
+
+
+def wider(t, c):
+    "Records of a basis that no file of this size could hold."
+    g = c["groups"][0]
+    g.update(r=64*40)
+    for l in g["linears"]: l["shape"][0] = 64*40
+
+
+V, U = "blocks.0.mlp.fc1.V", "blocks.0.mlp.fc1.U"
+
+
+@pytest.mark.parametrize("change,match", [
+    (without(V), "fc1.V is not among the coded parameters"), (without(U), "fc1.U is not among"),
+    (lambda t, c: c["coded"].remove(V), "not among the coded"),
+    (codec(0, "gaps"), "no record says that it is coded"), (codec(0, "dense"), "no record says"),
+    (codec(1, "lossless"), "codec is 'lossless'"),
+    (lambda t, c: c["coded"].append(V), "occurs twice"),
+    (add_code("blocks.0.mlp.fc2.U"), "fc2.U is among the coded parameters, and no record"),
+    (add_code("blocks.0.mlp.fc3.V"), "fc3.V is coded, and the model has no such parameter"),
+    (lambda t, c: c["groups"].pop(), "no such parameter|missing"),
+    (lambda t, c: t.pop("blocks.0.mlp.fc1.coded.V"), "fc1.coded.V is missing"),
+    (lambda t, c: t.update({"fips.0.U": torch.ones(2, 2)}), "fips.0.U has no place"),
+    (lambda t, c: t.update({V: torch.ones(2, 2)}), "fc1.V has no place"),
+    (lambda t, c: t.update({"blocks.0.mlp.fc1.coded.V": t["blocks.0.mlp.fc2.coded.V"].clone()}), "non-zeros instead|cannot be used"),
+    (lambda t, c: t.update({"blocks.0.mlp.fc1.coded.V": t["blocks.0.mlp.fc1.coded.V"][:-1].clone()}), "ends too early|does not end"),
+    (lambda t, c: t.update({"blocks.0.mlp.fc1.coded.V": t["blocks.0.mlp.fc1.coded.V"].half()}), "a code is bytes"),
+    (lambda t, c: t.update({"blocks.0.mlp.fc1.coded.V": t["blocks.0.mlp.fc1.coded.V"][None]}), "instead of None"),
+    (lambda t, c: c["groups"][0]["linears"][0].update(nnz=5), "non-zeros instead of 5"),
+    (lambda t, c: c["groups"][0]["linears"][0].update(shape=[39, 160]), "39 rows"),
+    (lambda t, c: c["groups"][0].update(d=41), "in the records"),
+    (lambda t, c: (c["groups"][0].update(r=0), [l["shape"].__setitem__(0, 40) for l in c["groups"][0]["linears"]]),
+     "fc1.U is among the coded"),
+    (wider, "cannot be used|would decode"), (lambda t, c: c["groups"][0].update(dtype="float17"), "float17")])
+def test_coded_factors_that_do_not_fit(change, match, coded):
+    rewrite(coded, change)
+    with pytest.raises(ValueError, match=match): load(coded)
+
+
+def test_coded_factors_are_bounded_by_their_files(coded, monkeypatch):
+    monkeypatch.setattr(folder_format, "MOST_DECODED", .1)
+    monkeypatch.setattr(folder_format, "SPARE", 0)
+    with pytest.raises(ValueError, match="would decode to"): load(coded)
+
+
+def test_codes_that_could_not_be_read_are_not_written(coded_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_format, "MOST_DECODED", .1)
+    monkeypatch.setattr(folder_format, "SPARE", 0)
+    with pytest.raises(ValueError, match="would decode to"): save(coded_model, tmp_path/"x")
+    assert not (tmp_path/"x").exists()
+
+
+def test_versions_of_coded_folders(coded_model, packed, tmp_path):
+    "Only coded factors need the fourth version; the third opens whatever it says of factors."
+    assert read_config(save(packed, tmp_path/"a"))["version"] == 3
+    model = round_rest(put_codes(demo_vit()))
+    assert read_config(save(model, tmp_path/"b"))["version"] == 3
+    assert torch.equal(load(tmp_path/"b").blocks[3].mlp.fc1.weight, model.blocks[3].mlp.fc1.weight)
 
 
 # ---- what is refused when saving ----

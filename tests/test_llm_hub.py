@@ -12,6 +12,7 @@ import torch
 import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from small import put_codes
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
@@ -326,6 +327,125 @@ def test_version_1_keeps_every_dtype(tmp_path):
     same(m, hub.load(tmp_path/"n"))
 
 
+# ---- coded factors ----
+
+MAP = {k: "cpu" for k in ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm",
+                          "model.rotary_emb", "lm_head")}
+
+
+def coded(name, **kw): return round_rest(put_codes(made(name, **kw)))
+
+
+def tensors(folder): return {k: t for p in shard_files(folder) for k, t in load_file(p).items()}
+
+
+@pytest.fixture
+def coded_folder(tmp_path): return hub.save(coded("llama", runs=2), tmp_path/"m", report=dict(preset="fips-als"))
+
+
+@pytest.mark.parametrize("name", BUILD)
+@pytest.mark.parametrize("kw", [dict(), dict(basis=False), dict(runs=2)], ids=str)
+def test_coded_factors(name, kw, tmp_path):
+    m = coded(name, **kw)
+    auto = AutoModelForMaskedLM if name == "bert" else AutoModelForCausalLM
+    back = auto.from_pretrained(hub.save(m, tmp_path/"m"))
+    same(m, back)
+    assert back.fips_codes.keys() == m.fips_codes.keys()
+    assert all(torch.equal(data, back.fips_codes[k]) for k, data in m.fips_codes.items())
+    config, parts = read_config(tmp_path/"m"), file_parts(tmp_path/"m")
+    assert config["version"] == 4 and {l["codec"] for g in config["groups"] for l in g["linears"]} == {"coded"}
+    assert sum(parts.values()) == folder_bytes(tmp_path/"m") and parts["U"] == parts["V"] == parts["mask"] == 0
+    back.save_pretrained(tmp_path/"again")
+    assert (tmp_path/"m/config.json").read_text() == (tmp_path/"again/config.json").read_text()
+    old, new = tensors(tmp_path/"m"), tensors(tmp_path/"again")
+    assert old.keys() == new.keys() and all(torch.equal(t, new[k]) for k, t in old.items())
+    back.save_pretrained(tmp_path/"shards", max_shard_size="1KB")
+    assert len(shard_files(tmp_path/"shards")) > 2
+    same(m, hub.load(tmp_path/"shards"))
+    plain = auto.from_pretrained(save_dense(tmp_path/"m", tmp_path/"dense"))
+    torch.testing.assert_close(logits(plain), logits(m), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
+def test_coded_factors_in_other_dtypes(name, dtype, tmp_path):
+    wide = coded(name)
+    hub.save(wide, tmp_path/"m")
+    narrow = AutoModelForCausalLM.from_pretrained(tmp_path/"m", dtype=dtype)
+    for f, g in zip(factor_layers(narrow).values(), factor_layers(wide).values(), strict=True):
+        assert torch.equal(f.V, g.V.to(dtype)) and torch.equal(f.U, g.U.to(dtype))
+    narrow.save_pretrained(tmp_path/"n")
+    same(narrow, hub.load(tmp_path/"n"))
+    codecs = {l["codec"] for g in read_config(tmp_path/"n")["groups"] for l in g["linears"]}
+    assert codecs == {"coded"}
+    m = put_codes(cast(made(name), dtype))
+    same(m, hub.load(hub.save(m, tmp_path/"o")))
+
+
+def test_zeros_that_a_narrower_dtype_makes(tmp_path):
+    m = round_rest(put_codes(made("llama"), -180)) # steps of 2^-45 are nothing in float16
+    with torch.no_grad():
+        for f in factor_layers(m).values(): assert (f.V != 0).any() and not f.V.half().any()
+    back = AutoModelForCausalLM.from_pretrained(hub.save(m, tmp_path/"m"), dtype=torch.float16)
+    assert not any(f.V.any() for f in factor_layers(back).values())
+
+
+def test_memory_order_of_coded_factors_is_kept(tmp_path):
+    model = coded("llama", runs=2)
+    f = next(iter(factor_layers(model).values()))
+    U = nn.Parameter(f.U.detach().T.contiguous().T)
+    for g in factor_layers(model).values():
+        if g.U is f.U and g is not f: g.U = U
+    f.U, f.V = U, nn.Parameter(f.V.detach().T.contiguous().T)
+    same(model, hub.load(hub.save(model, tmp_path/"m")))
+
+
+def test_other_heads_of_coded_factors(coded_folder):
+    model = hub.load(coded_folder)
+    trunk = AutoModel.from_pretrained(coded_folder)
+    with torch.no_grad():
+        want, got = (o(TOKENS).last_hidden_state for o in (model.model, trunk))
+    assert torch.equal(got, want) and len(trunk.fips_codes) == len(model.fips_codes) - 1
+    judge = AutoModelForSequenceClassification.from_pretrained(coded_folder, num_labels=3, pad_token_id=0)
+    assert torch.equal(judge.model.layers[1].mlp.up_proj.V, model.model.layers[1].mlp.up_proj.V)
+
+
+@pytest.mark.parametrize("kw", [dict(device_map="auto"), dict(device_map=MAP), dict(dtype="auto")], ids=str)
+def test_ways_of_loading_coded_factors(kw, coded_folder):
+    same(hub.load(coded_folder), AutoModelForCausalLM.from_pretrained(coded_folder, **kw))
+
+
+def test_coded_layers_on_the_disk(tmp_path):
+    m = coded("llama")
+    hub.save(m, tmp_path/"m")
+    places = MAP | {"model.layers.1": "disk"}
+    how = dict(device_map=places, offload_folder=tmp_path/"away")
+    back = AutoModelForCausalLM.from_pretrained(tmp_path/"m", **how)
+    assert torch.equal(logits(back), logits(m))
+    back.save_pretrained(tmp_path/"n")
+    config = read_config(tmp_path/"n")
+    assert len(config["groups"]) == 1 and config["coded"] == read_config(tmp_path/"m")["coded"]
+    same(m, hub.load(tmp_path/"n"))
+
+
+@pytest.mark.parametrize("last", ["gate_proj.U", "up_proj.V"])
+def test_a_group_that_has_changed_is_stored_in_16_bits(last, coded_folder, tmp_path):
+    m, name = hub.load(coded_folder), f"model.layers.0.mlp.{last}"
+    n = len(m.fips_codes)
+    with torch.no_grad(): m.get_parameter(name)[0, 0] += 1e-3
+    with pytest.warns(UserWarning, match=f"1 of {n} .* such as {name}"): m.save_pretrained(tmp_path/"n")
+    config = read_config(tmp_path/"n")
+    kinds = [{l["codec"] == "coded" for l in g["linears"]} for g in config["groups"]]
+    assert kinds == [{False}, {True}] and len(config["coded"]) == n - 4
+    assert [g["values"] for g in config["groups"]][0] == "float16"
+    back = hub.load(tmp_path/"n")
+    for k, p in m.named_parameters():
+        if "0.mlp" not in k: assert torch.equal(p, back.get_parameter(k)), k
+        else: torch.testing.assert_close(p, back.get_parameter(k), rtol=1e-3, atol=1e-6)
+    back.save_pretrained(tmp_path/"o")
+    same(back, hub.load(tmp_path/"o"))
+
+
 # ---- as any model of transformers ----
 
 def test_other_heads(model, folder):
@@ -346,10 +466,6 @@ def test_a_bare_model_gets_a_head(tmp_path):
     back = AutoModelForCausalLM.from_pretrained(tmp_path/"m").transformer
     with torch.no_grad(): want, got = (o(TOKENS).last_hidden_state for o in (m, back))
     assert torch.equal(got, want)
-
-
-MAP = {k: "cpu" for k in ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm",
-                          "model.rotary_emb", "lm_head")}
 
 
 @pytest.mark.parametrize("kw", [
@@ -726,6 +842,49 @@ def first_linear(**kw): return lambda c, q: q["groups"][0]["linears"][0].update(
 def test_other_configs(change, match, folder):
     edit(folder, change)
     refused(folder, match)
+
+
+GATE = "model.layers.0.mlp.gate_proj"
+
+
+def drop_coded(name): return lambda c, q: q["coded"].remove(name)
+
+
+@pytest.mark.parametrize("change,match", [
+    (drop_coded(f"{GATE}.V"), "gate_proj.V is not among the coded parameters"),
+    (drop_coded(f"{GATE}.U"), "gate_proj.U is not among the coded parameters"),
+    (lambda c, q: [l.update(codec="gaps") for l in q["groups"][0]["linears"]], "no record says that it is coded"),
+    (lambda c, q: q["groups"][0]["linears"][1].update(codec="gaps"), "only some of them are coded"),
+    (lambda c, q: q["coded"].append(f"{GATE}.V"), "occurs twice"),
+    (lambda c, q: q["coded"].append(f"{GATE[:-9]}up_proj.U"), "up_proj.U is among the coded"),
+    (lambda c, q: q["groups"].pop(0), "incomplete|is missing|no record|cannot"),
+    (lambda c, q: q["groups"][0]["linears"].pop(), "is missing|no record|cannot"),
+    (lambda c, q: q["groups"][0]["linears"][0].update(nnz=3), "non-zeros instead of 3|CONVERSION"),
+    (lambda c, q: q["groups"][0]["linears"][0].update(shape=[31, 48]), "31 rows"),
+    (lambda c, q: q["groups"][0].update(d=33), "do not fit|in this model|cannot")])
+def test_other_records_of_coded_factors(change, match, coded_folder):
+    edit(coded_folder, change)
+    refused(coded_folder, match, (ValueError, RuntimeError))
+
+
+@pytest.mark.parametrize("change,match", [
+    (lambda t: t.pop(f"{GATE}.coded.V"), "gate_proj.coded.V is missing"),
+    (lambda t: t.pop(f"{GATE}.coded.U"), "gate_proj.coded.U is missing"),
+    (lambda t: t.update({f"{GATE}.fips.V": torch.ones(3)}), "no record tells of the tensor"),
+    (lambda t: t.update({f"{GATE[:-9]}up_proj.coded.U": t[f"{GATE}.coded.U"].clone()}), "no record tells"),
+    (lambda t: t.update({f"{GATE}.coded.V": t[f"{GATE}.coded.V"][:-1].clone()}), "cannot be used|CONVERSION"),
+    (lambda t: t.update({f"{GATE}.coded.U": t[f"{GATE}.coded.V"].clone()}), "cannot be used|CONVERSION"),
+    (lambda t: t.update({f"{GATE}.coded.V": t["lm_head.coded.weight"].clone()}), "non-zeros instead|cannot be used|CONVERSION")])
+def test_other_codes_of_factors(change, match, coded_folder):
+    rewrite(coded_folder/"model.safetensors", change)
+    refused(coded_folder, match, (ValueError, RuntimeError))
+
+
+def test_coded_factors_are_bounded_by_their_files(coded_folder, monkeypatch):
+    for k, v in dict(MOST_DECODED=.1, SPARE=0).items(): monkeypatch.setattr(folder_format, k, v)
+    refused(coded_folder, "would decode to")
+    with pytest.raises(ValueError, match="would decode to"): hub.save(coded("llama"), coded_folder.parent/"x")
+    assert not (coded_folder.parent/"x").exists()
 
 
 def test_configs_that_only_we_read(folder, tmp_path):

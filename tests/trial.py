@@ -48,6 +48,9 @@ def make_folders(root):
     for kind, model, batches in (("timm", demo_vit(), images), ("llama", llama(), tokens)):
         made = code_model(model, batches, bits_to_bytes(model, 6.), 0)
         out[f"{kind}-coded"] = hub.save(made, root/f"{kind}-coded")
+        factors = compress(model, batches, .4, levels=2, group_size=1 if kind == "llama" else 5, distill_epochs=0).model
+        made = code_model(factors, batches, bits_to_bytes(model, 6.), 0, teacher=model)
+        out[f"{kind}-factors"] = hub.save(made, root/f"{kind}-factors")
     return out
 
 
@@ -69,7 +72,7 @@ def hostile_value(r, old):
     for _ in range(r.choice((3, 50, 2000))): deep = [deep]
     return r.choice(near + [0, -1, 1, 2**31 - 1, 2**31, 10**9, 2**63, 10**40, .5, -1.5, 1e300, True, False, None, "", word,
                             "\ud800", "x"*r.choice((10, 10**5)), "../x", "/etc/passwd", [], {}, [old], {"a": old}, [old]*3,
-                            [0]*r.choice((5, 10**5)), "float64", "int8", "dense", "bits", "up", "down", "rows", "eager",
+                            [0]*r.choice((5, 10**5)), "float64", "int8", "dense", "bits", "coded", "up", "down", "rows", "eager",
                             "somebody/kernels", "LlamaModel", "vit_giant_patch14_224", deep])
 
 
@@ -519,7 +522,8 @@ def bad(report): return [c for c in report["counts"] if c["outcome"] not in GOOD
 
 
 BEHIND = ("schema.parse_json", "schema.conform", "disk.swapping", "disk._take_place", "disk.hold", "state.open_state",
-          "folder_format.read_config", "folder_format.check_groups", "folder_format.check_claims",
+          "folder_format.read_config", "folder_format.check_groups", "folder_format.coded_factors",
+          "folder_format.check_claims",
           "folder_format.unpack_mask", "folder_format.unpack_values", "timm_folders.blueprint", "timm_folders.read",
           "transformers_folders.check_shards", "transformers_folders._check_complete", "transformers_folders.read")
 
