@@ -575,6 +575,7 @@ def _pass_seconds(model, parts):
     return (rounded - start)*share, took*sum(math.prod(p.shape) + 1e4 for p in parts)/(
         math.prod(part.shape) + 1e4)
 
+# %% ../nbs/04h_coded_models.ipynb #04h-06s
 @torch.no_grad()
 def coding_seconds(
     model:nn.Module, # dense model
@@ -721,6 +722,7 @@ def _look_ahead(model, dense, batches, nbytes, asked, run, teacher):
     return epochs, notes, expected, fingerprint(model, nbytes=nbytes, epochs=epochs,
                                                 seed=run.seed, **more)
 
+# %% ../nbs/04h_coded_models.ipynb #04h-06c
 def code_model(
     model:nn.Module, # trained model, dense or factorised; it is not changed
     batches, # calibration batches without labels, see feed

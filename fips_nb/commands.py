@@ -516,13 +516,14 @@ def _code_factors(request, o, budget, states):
 def _coding_expected(request, o):
     "In how many passes of distillation and seconds a model of this size is rounded."
     from fips_nb.budgets import operations_limit
-    from fips_nb.coded_models import EPOCHS, coding_seconds
+    from fips_nb.coded_models import coding_seconds, passes
     from fips_nb.streaming import share_tensors
     net,asked = share_tensors(request.model, request.device, wide=True), o.distill_epochs
-    expected = lambda epochs: coding_seconds(net, request.batches, epochs, request.device)
-    seconds,operations = expected(EPOCHS if asked is None else asked)
-    if asked is not None or operations <= operations_limit(request.device):
-        return EPOCHS if asked is None else asked, seconds
+    batches = list(request.batches)
+    epochs = passes(net, batches) if asked is None else asked
+    expected = lambda epochs: coding_seconds(net, batches, epochs, request.device)
+    seconds,operations = expected(epochs)
+    if asked is not None or operations <= operations_limit(request.device): return epochs, seconds
     return 0, expected(0)[0]
 
 # %% ../nbs/09_commands.ipynb #09-c1b2
