@@ -106,6 +106,10 @@ class _Sums:
         self.g,self.C = self.g + g, self.C + torch.diag(G2.mean(0))
         self.n = self.C.trace()/len(self.C)
 
+    def finish(self):
+        "Turn the sum into a mean, in place."
+        if self.n > 0: self.C /= self.n
+
     def add(self, X, G2):
         "Add the inputs and squared gradients of a layer in one batch."
         m = self.module
@@ -183,7 +187,7 @@ def _cost(model, part, sums, n):
         s = sums.get(path) if _is_layer(m) else sums.get(part.name)
         if s is None or not s.n > 0: continue
         g = s.g/n
-        cost = Cost(s.C/s.n, g + EVEN*g.mean(), type(m).__name__ == 'Conv1D')
+        cost = Cost(s.C, g + EVEN*g.mean(), type(m).__name__ == 'Conv1D')
         costs.append(_factor_cost(m, name, cost) if isinstance(m, FactorLinear) else cost)
     return _together(costs) if costs else None
 
@@ -220,6 +224,7 @@ def measure_costs(
         for h in feelers.hooks: h.remove()
         model.train(was)
     if not n: raise ValueError("there is no calibration data")
+    for s in feelers.sums.values(): s.finish()
     costs = {p.name: _cost(model, p, feelers.sums, n) for p in parts}
     return {k: c for k,c in costs.items() if c is not None}
 
@@ -232,13 +237,13 @@ def matrix_of(
     return model.get_parameter(part.name).detach().float().view(part.shape)
 
 class Rounder:
-    "Rounds the parts of a model; what does not depend on the step is made once."
+    "Rounds the parts of a model; what does not depend on the step is made once, in place of C."
     def __init__(self,
         model:nn.Module, # dense or factorised
         parts:list, # from find_parts
         costs:dict, # from measure_costs
     ):
-        self.model,self.costs = model, costs
+        self.model,self.costs = model, dict(costs)
         self.parts = [p for p in parts if p.name in costs]
         self.factors = {}
 
@@ -249,7 +254,8 @@ class Rounder:
         "Round one part."
         cost,W = self.costs[part.name], matrix_of(self.model, part)
         W = W.T if cost.turned else W
-        c = round_weight(W, cost.C, alpha, cost.g, factor=self.factor(part))
+        factor = self.factor(part)
+        c = round_weight(W, factor[1], alpha, cost.g, factor=factor)
         return c.T if cost.turned else c
 
     def factor(self,
@@ -257,7 +263,9 @@ class Rounder:
     ) -> tuple: # see triangular
         "The order of the inputs and the factor of the metric."
         if part.name not in self.factors:
-            self.factors[part.name] = triangular(self.costs[part.name].C)
+            cost = self.costs[part.name]
+            self.factors[part.name] = triangular(cost.C)
+            self.costs[part.name] = dataclasses.replace(cost, C=None) # both would take twice as much
         return self.factors[part.name]
 
     def all(self,
@@ -627,11 +635,11 @@ def _lend(model, parts, costs):
 class _Coding:
     "What the stages of `code_model` share."
     dense:nn.Module # what is rounded, in float32
-    model:nn.Module # copy that gets rounded
     teacher:nn.Module # whose outputs distillation follows, in float32
     batches:list # of calibration data
     nbytes:int # of the file
     run:Run # seed, device, progress
+    model:nn.Module|None=None # copy that gets rounded, once the costs have left memory
     seconds:dict = dataclasses.field(default_factory=dict) # phase -> seconds
 
     def timed(self, name, f, *args, **kwargs):
@@ -647,8 +655,9 @@ class _Coding:
         costs = self.timed('costs', measure_costs, self.dense, self.batches, parts, self.run.seed,
                            progress=bars)
         _lend(self.dense, parts, costs)
-        got = self.timed('rounding', round_to_bytes, Rounder(self.dense, parts, costs),
-                         self.nbytes, progress=bars)
+        rounder = Rounder(self.dense, parts, costs)
+        del costs # the rounder takes them apart
+        got = self.timed('rounding', round_to_bytes, rounder, self.nbytes, progress=bars)
         out = {f'{k}/{n}': getattr(c, n) for k,c in got.codes.items() for n in _FIELDS}
         return out | dict(alpha=torch.tensor(got.alpha, dtype=torch.float64))
 
@@ -743,11 +752,11 @@ def code_model(
     if tell: tell(expected, epochs)
     whom = 'itself' if teacher is None else 'given'
     follow = dense if teacher is None else share_tensors(teacher, run.device, wide=True)
-    job = _Coding(dense, copy.deepcopy(dense), follow, batches, nbytes, run)
+    job = _Coding(dense, follow, batches, nbytes, run)
     with open_state(run.state, depends, batches, run.resume) as state:
         job.batches = job.timed('augmentation', augment, follow, batches, run.seed)
         got,losses = job.rounded(state.part('codes', job.round)), None
-        got.put(job.model)
+        job.model = got.put(copy.deepcopy(dense))
         kept = Progress(state.path('distillation'), state.run)
         if epochs: got,losses = job.timed('distillation', job.distil, got, epochs, kept)
     out = settle(job.model, model)
