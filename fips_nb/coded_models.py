@@ -17,7 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from .sparse_factors import FactorLinear, factor_layers
 from .statistics import feed
-from .augmentation import augment, augment_seconds, views
+from .augmentation import augment, augment_notes, augment_seconds, views
 from .rate_distortion import BIT_PRICE, Codes, SPAN, class_numbers, class_range
 from .rate_distortion import class_tables, code_bits, round_weight, steps_of, triangular
 from .distillation import Distillation, Teacher, batch_order, check_loss, decay, learning
@@ -236,6 +236,7 @@ def matrix_of(
     "The matrix of a part."
     return model.get_parameter(part.name).detach().float().view(part.shape)
 
+# %% ../nbs/04h_coded_models.ipynb #04h-03r
 class Rounder:
     "Rounds the parts of a model; what does not depend on the step is made once, in place of C."
     def __init__(self,
@@ -265,7 +266,7 @@ class Rounder:
         if part.name not in self.factors:
             cost = self.costs[part.name]
             self.factors[part.name] = triangular(cost.C)
-            self.costs[part.name] = dataclasses.replace(cost, C=None) # both would take twice as much
+            self.costs[part.name] = dataclasses.replace(cost, C=None) # not both in memory
         return self.factors[part.name]
 
     def all(self,
@@ -763,7 +764,8 @@ def code_model(
     out.fips_codes = {k: encode(c) for k,c in got.codes.items()}
     report = dict(preset='rounding', seed=run.seed, alpha=got.alpha, target_bytes=nbytes,
                   config=dict(targets='all', distill_epochs=epochs, teacher=whom),
-                  divergences=losses, **bits_report(out, teacher), notes=notes,
+                  divergences=losses, **bits_report(out, teacher),
+                  notes=augment_notes(follow, batches) + notes,
                   expected_seconds=float(f'{expected:.3g}'),
                   seconds=time.perf_counter() - start, seconds_by_phase=job.seconds,
                   layers=layer_rates(got.codes))
