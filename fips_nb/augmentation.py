@@ -52,12 +52,16 @@ def _generates(model):
     can = getattr(model, 'can_generate', None)
     return bool(can and can()) and not model.config.is_encoder_decoder
 
+def _bare(batches):
+    "The tensors of batches, without labels."
+    return [b[0] if isinstance(b, (tuple, list)) else b for b in batches]
+
 def data_kind(
     model:nn.Module, # that the batches are for
     batches:list, # of calibration data, see feed
 ) -> str: # images; windows, of one length, for a model that can generate; or other
     "What `augment` takes `batches` for."
-    bare = [b[0] if isinstance(b, (tuple, list)) else b for b in batches]
+    bare = _bare(batches)
     if not all(map(torch.is_tensor, bare)): return 'other'
     kinds = {(b.ndim, b.is_floating_point()) for b in bare}
     if kinds == {(4, True)}: return 'images'
@@ -70,7 +74,7 @@ def views(
 ) -> int: # 1 where there are no crops
     "How often `augment` uses each image: until there are as many as the widest linear has inputs."
     if data_kind(model, batches) != 'images': return 1
-    n = sum(len(b[0] if isinstance(b, (tuple, list)) else b) for b in batches)
+    n = sum(map(len, _bare(batches)))
     widest = max((getattr(m, 'in_features', 0) for m in model.modules()), default=0)
     return max(1, min(MOST_VIEWS, -(-widest//n)))
 
@@ -83,8 +87,7 @@ def augment(
     "Images and crops of them; or windows, every other batch of them text of `model` itself."
     kind,n = data_kind(model, batches), views(model, batches)
     if kind != 'windows' and n == 1: return batches
-    bare = [b[0] if isinstance(b, (tuple, list)) else b for b in batches]
-    device = next(model.parameters()).device
+    bare,device = _bare(batches), next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == 'cuda' else []):
         torch.manual_seed(seed)
         if n > 1: return bare + [crops(b) for _ in range(n - 1) for b in bare]
@@ -99,7 +102,7 @@ def augment_seconds(
 ) -> float: # nothing but for texts
     "About how long `augment` takes."
     if data_kind(model, batches) != 'windows' or len(batches) < 2: return 0.
-    x = torch.cat([b[0] if isinstance(b, (tuple, list)) else b for b in batches[1::2]])
+    x = torch.cat(_bare(batches[1::2]))
     some,took = x[:max(1, TOGETHER//x.shape[1]),:9], []
     with torch.random.fork_rng():
         for _ in range(2):

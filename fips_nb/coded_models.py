@@ -6,7 +6,8 @@
 __all__ = ['SMALL', 'PLAIN', 'EVEN', 'SOFTEN', 'GUARD', 'SPARE_BYTES', 'REACH', 'FASTEST', 'TRIES', 'EPOCH', 'STEP', 'LOOKS',
            'EPOCHS', 'Part', 'matrix_shape', 'find_parts', 'Cost', 'measure_costs', 'matrix_of', 'Rounder',
            'coded_name', 'file_bytes', 'stored_bytes', 'bits_to_bytes', 'dense_params', 'check_bytes', 'Rounded',
-           'round_to_bytes', 'distill_codes', 'coding_seconds', 'passes', 'layer_rates', 'bits_report', 'code_model']
+           'round_to_bytes', 'distill_codes', 'coding_seconds', 'passes', 'coding_ahead', 'layer_rates', 'bits_report',
+           'code_model']
 
 # %% ../nbs/04h_coded_models.ipynb #04h-004
 import copy, dataclasses, json, math, sys, time, warnings
@@ -608,7 +609,7 @@ def coding_seconds(
     finally:
         for h in hooks: h.remove()
     n,parts = len(batches)*views(model, batches), find_parts(model)
-    forward = 2.*sum(n*layers[k].in_features*layers[k].out_features for k,n in rows.items())
+    forward = 2.*sum(r*layers[k].in_features*layers[k].out_features for k,r in rows.items())
     second = sum(2.*rows[k]*layers[k].in_features**2 for k in rows)
     once,code = _pass_seconds(model, parts)
     epoch = n*(EPOCH*took + STEP*len(parts)) + LOOKS*code
@@ -687,20 +688,26 @@ def passes(
     "How many passes of distillation are made, if nobody says."
     return max(2, EPOCHS//views(model, batches))
 
+def coding_ahead(
+    model:nn.Module, # dense or factorised
+    batches:list, # of calibration data, before augment
+    asked:int|None=None, # passes of distillation; None leaves out those that would take hours
+    device=None, # where to run; None is where the model is
+) -> tuple[int,list,float]: # passes of distillation, notes, expected seconds
+    "How many passes `code_model` makes, and about how long all of it takes."
+    epochs,limit = passes(model, batches) if asked is None else asked, operations_limit(device)
+    seconds,operations = coding_seconds(model, batches, epochs, device)
+    if asked is not None or operations <= limit: return epochs, [], seconds
+    note = (f"distillation is left out: {epochs} passes take {operations:.1e} operations, and the "
+            f"limit is {limit:.0e} here; distill_epochs={epochs} does them all the same")
+    return 0, [note], coding_seconds(model, batches, 0, device)[0]
+
 def _settings(settings):
     "The fields of Run that coding has a use for."
     check_names(settings, _HOW)
     return Run(**{k: v for k,v in settings.items() if v is not None})
 
-def _epochs_here(operations, asked, epochs, device):
-    "How many epochs are run, and notes; a long distillation is left out unless asked for."
-    limit = operations_limit(device)
-    if asked is not None or operations <= limit: return epochs, []
-    note = (f"distillation is left out: {epochs} passes take {operations:.1e} operations, and the "
-            f"limit is {limit:.0e} here; distill_epochs={epochs} does them all the same")
-    warnings.warn(note)
-    return 0, [note]
-
+# %% ../nbs/04h_coded_models.ipynb #04h-06r
 def layer_rates(
     codes:dict, # name of a parameter -> Codes
 ) -> list: # of dicts with name, shape, bits (per weight), zeros (share), step (median)
@@ -724,9 +731,8 @@ def bits_report(
 # %% ../nbs/04h_coded_models.ipynb #04h-064
 def _look_ahead(model, dense, batches, nbytes, asked, run, teacher):
     "Epochs, notes, expected seconds, and what the state depends on."
-    epochs = passes(dense, batches) if asked is None else asked
-    expected,operations = coding_seconds(dense, batches, epochs, run.device)
-    epochs,notes = _epochs_here(operations, asked, epochs, run.device)
+    epochs,notes,expected = coding_ahead(dense, batches, asked, run.device)
+    for note in notes: warnings.warn(note)
     if run.state is None: return epochs, notes, expected, {}
     more = {} if teacher is None else dict(teacher=digest(teacher))
     return epochs, notes, expected, fingerprint(model, nbytes=nbytes, epochs=epochs,

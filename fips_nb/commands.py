@@ -515,16 +515,11 @@ def _code_factors(request, o, budget, states):
 
 def _coding_expected(request, o):
     "In how many passes of distillation and seconds a model of this size is rounded."
-    from fips_nb.budgets import operations_limit
-    from fips_nb.coded_models import coding_seconds, passes
+    from fips_nb.coded_models import coding_ahead
     from fips_nb.streaming import share_tensors
-    net,asked = share_tensors(request.model, request.device, wide=True), o.distill_epochs
-    batches = list(request.batches)
-    epochs = passes(net, batches) if asked is None else asked
-    expected = lambda epochs: coding_seconds(net, batches, epochs, request.device)
-    seconds,operations = expected(epochs)
-    if asked is not None or operations <= operations_limit(request.device): return epochs, seconds
-    return 0, expected(0)[0]
+    net = share_tensors(request.model, request.device, wide=True)
+    epochs,_,seconds = coding_ahead(net, list(request.batches), o.distill_epochs, request.device)
+    return epochs, seconds # the run itself will say what is left out
 
 # %% ../nbs/09_commands.ipynb #09-c1b2
 def _by_factors(request, o, budget, state):
@@ -578,14 +573,14 @@ KEPT_OUT = 8 # every so manieth batch judges what auto has tried, and is not fit
 def _divergences(request, models, batches):
     "The mean divergence of each model from the dense one on `batches`."
     import torch
-    from fips_nb.distillation import loss_kind, output_loss, predict
+    from fips_nb.distillation import Teacher, loss_kind
     from fips_nb.statistics import feed
     from fips_nb.streaming import share_tensors
     dense,*nets = (share_tensors(m, request.device, wide=True) for m in (request.model, *models))
     with torch.no_grad():
         kind = loss_kind(dense, feed(dense, batches[0]))
-        loss = lambda net, b: output_loss(predict(net, b), predict(dense, b), kind).item()
-        return [sum(loss(net, b) for b in batches)/len(batches) for net in nets]
+        teacher,n = Teacher(dense, batches, kind), len(batches) # keeps what the dense model says
+        return [sum(teacher.loss(net, j)[0].item() for j in range(n))/n for net in nets]
 
 def _try_factors(request, o, state):
     "Coded factors, and notes; or none, and why."
