@@ -113,7 +113,7 @@ def encode(
     for part,low,high in ((steps, 0, 1), (c, *class_range(c.rows, c.columns))):
         tables,counts = class_tables(part, low, high)
         bits = (torch.stack([t.lengths() for t in tables])*counts).sum().item()
-        number = class_numbers(part, low, high).flatten().numpy()
+        number = class_numbers(part, low, high).to(torch.uint8).flatten().numpy()
         out += _stream(part.codes.flatten().numpy(), number, tables, low, bits)
     return torch.frombuffer(bytearray(out), dtype=torch.uint8)
 

@@ -56,7 +56,7 @@ def triangular(
 ) -> tuple: # order of the inputs (in,), and lower triangular M with C[order][:,order] = M M^T
     "Factor a metric, the inputs of least power first."
     order = C.diagonal().argsort()
-    A = C.double()[order][:,order]
+    A = C[order][:,order].double()
     power = A.diagonal().mean()
     if not power.isfinite(): raise ValueError("the second moment holds NaN or infinity")
     A.diagonal().add_(damp*power if power > 0 else 1.)
@@ -206,7 +206,7 @@ def class_numbers(
     high:int, # see class_range
 ) -> torch.Tensor: # (out, in), from 0
     "Which class each code belongs to."
-    return (c.rows[:,None] + c.columns).clamp(low, high).long() - low
+    return (c.rows[:,None] + c.columns).clamp_(low, high).sub_(low).long()
 
 def class_tables(
     c:Codes, # of a matrix
