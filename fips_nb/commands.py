@@ -717,7 +717,11 @@ def _folder_config(name, text):
     from fips_nb.folder_format import is_ours, read_config
     path = Path(name)
     if not path.is_dir() or (text and not is_ours(path)): return None
-    return read_config(path)
+    config = read_config(path)
+    if config['arch'] is None:
+        raise ValueError(f"{path} holds a module of the class {config['module']!r:.80}, which no "
+                         "command can make; measure what load(folder, model=Net()) gives in Python")
+    return config
 
 def _source(config):
     "What a compressed folder says of the model it came from."
@@ -911,7 +915,8 @@ def info(
     known = all(type(report.get(k, 0)) is int for k in _DENSE) # a report may say anything
     n = sum(s*report.get(k, 0) for k,s in _DENSE.items()) if known else 0
     bits = dict(bits=8*size/n) if n > 0 else {}
-    return dict(model=str(path), arch=config['arch'], **report | dict(bytes=size, **bits))
+    arch = config['arch'] or config['module']
+    return dict(model=str(path), arch=arch, **report | dict(bytes=size, **bits))
 
 # %% ../nbs/09_commands.ipynb #09-c164
 def _example(model, n, text, device):
@@ -965,6 +970,7 @@ def export(
     path,target = Path(model), Path(out)
     if not path.is_dir(): raise ValueError(f"there is no folder {path}; `fips compress` makes one")
     if target.exists(): raise ValueError(f"--out {target} exists; name another folder")
-    arch = read_config(path)['arch']
+    config = read_config(path)
+    arch = config['arch'] or config['module']
     hub.export(path, target)
     return dict(model=str(path), out=str(target), arch=arch, bytes=folder_bytes(target))

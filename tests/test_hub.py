@@ -247,7 +247,8 @@ def test_tensors_that_float16_does_not_hold(tmp_path):
     m.blocks[1].norm1.bias.data[0] = 3.4e38 # overflows in both
     m.blocks[2].norm1.bias = nn.Parameter(m.blocks[2].norm1.bias.detach().half()) # is narrow here
     m.register_buffer("fine", torch.rand(3).double())
-    tensors, about, _ = timm_folders._packed(m, demo_vit(), None, "16bit")
+    own = outside(m.state_dict(), factor_layers(m))
+    tensors, about, _ = timm_folders.pack_model(m, own, {})
     names = ("norm.weight", "blocks.0.norm1.bias", "blocks.1.norm1.bias", "blocks.2.norm1.bias")
     assert [str(tensors[k].dtype)[6:] for k in (*names, "fine")] == [
         "bfloat16", "bfloat16", "float32", "float16", "float64"]
