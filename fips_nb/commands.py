@@ -897,14 +897,13 @@ def plot_layers(
     fig.savefig(path)
 
 # %% ../nbs/09_commands.ipynb #09-c156
-_DENSE = dict(model_params=1, mlp_dense_params=1, mlp_params=-1) # the dense model's parameters
-
 def info(
     model:str|Path, # folder that compress wrote
     plot:str|Path|None=None, # file for a picture of the layers; its suffix says the format
 ) -> dict: # the report, with every layer, and the bytes on disk
     "Say what is in a compressed folder."
     from fips_nb.folder_format import folder_bytes, read_config
+    from fips_nb.model_cards import dense_params
     path = Path(model)
     if not path.is_dir(): raise ValueError(f"there is no folder {path}; `fips compress` makes one")
     if plot: _check_picture(plot)
@@ -912,9 +911,7 @@ def info(
     report,size = config.get('report') or {}, folder_bytes(path)
     factors = (report.get('factors') or {}).get('layers') if plot else None
     if plot: plot_layers(report.get('layers') or [], plot, factors or [])
-    known = all(type(report.get(k, 0)) is int for k in _DENSE) # a report may say anything
-    n = sum(s*report.get(k, 0) for k,s in _DENSE.items()) if known else 0
-    bits = dict(bits=8*size/n) if n > 0 else {}
+    bits = dict(bits=8*size/n) if (n := dense_params(report)) else {}
     arch = config['arch'] or config['module']
     return dict(model=str(path), arch=arch, **report | dict(bytes=size, **bits))
 

@@ -8,12 +8,15 @@ __all__ = ['is_transformers', 'is_timm', 'save', 'load', 'export']
 # %% ../nbs/07c_hub.ipynb #07-003
 import difflib
 from pathlib import Path
+import torch
 from torch import nn
 from .sparse_factors import to_dense
 from .state import write_tensors
 from .pipeline import Compressed
 from . import own_modules, timm_folders
-from .folder_format import check_target, read_config, swap_in
+from .model_cards import CARD, HUB_NAME, card
+from .folder_format import check_target, dense_bytes, dtype_name, folder_bytes, main_dtype
+from .folder_format import read_config, swap_in
 
 # %% ../nbs/07c_hub.ipynb #07-086
 def is_transformers(
@@ -65,6 +68,28 @@ def _usable(model, options):
                              f"{_WHY[kind]}; leave it out")
     return given
 
+# %% ../nbs/07c_hub.ipynb #07c-c0a1
+def _base_model(model, report):
+    "What the hub calls the model that was compressed, as far as anybody has said."
+    source = report.get('source')
+    source = source if isinstance(source, dict) else {}
+    name = getattr(model, 'name_or_path', None) if is_transformers(model) else None
+    if is_timm(model) and source.get('model') and not source.get('weights'):
+        cfg = getattr(model, 'pretrained_cfg', None) or {}
+        name = cfg.get('hf_hub_id') or ''
+        if name.endswith('/'): name += f"{cfg.get('architecture')}.{cfg.get('tag')}"
+    named = name if isinstance(name, str) else ''
+    return named if HUB_NAME.fullmatch(named) and not Path(named).exists() else None
+
+def _write_card(model, new):
+    "Describe the folder that was written."
+    sizes = dict(bytes=folder_bytes(new))
+    if not any(p.is_meta for p in model.parameters()): # accelerate lays tensors away
+        sizes |= dict(dense=dense_bytes(model), dense_16=dense_bytes(model, torch.float16),
+                      dtype=dtype_name(main_dtype(model.state_dict())))
+    text = card(read_config(new), type(model).__name__, sizes)
+    (new/CARD).write_text(text, encoding='utf-8', newline='\n')
+
 # %% ../nbs/07c_hub.ipynb #07-050
 _PLACES = dict(timm=timm_folders, own=own_modules)
 
@@ -82,7 +107,10 @@ def save(
     given = _usable(model, options)
     kind = _kind(model)
     at = _transformers_folders() if kind == 'transformers' else _PLACES[kind]
-    with swap_in(folder, overwrite) as new: at.write(model, new, report, **given)
+    if report and (base := _base_model(model, report)): report = report | dict(base_model=base)
+    with swap_in(folder, overwrite) as new:
+        at.write(model, new, report, **given)
+        _write_card(model, new)
     return folder
 
 # %% ../nbs/07c_hub.ipynb #07-059
