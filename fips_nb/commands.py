@@ -717,7 +717,11 @@ def _folder_config(name, text):
     from fips_nb.folder_format import is_ours, read_config
     path = Path(name)
     if not path.is_dir() or (text and not is_ours(path)): return None
-    return read_config(path)
+    config = read_config(path)
+    if config['arch'] is None:
+        raise ValueError(f"{path} holds a module of the class {config['module']!r:.80}, which no "
+                         "command can make; measure what load(folder, model=Net()) gives in Python")
+    return config
 
 def _source(config):
     "What a compressed folder says of the model it came from."
@@ -893,14 +897,13 @@ def plot_layers(
     fig.savefig(path)
 
 # %% ../nbs/09_commands.ipynb #09-c156
-_DENSE = dict(model_params=1, mlp_dense_params=1, mlp_params=-1) # the dense model's parameters
-
 def info(
     model:str|Path, # folder that compress wrote
     plot:str|Path|None=None, # file for a picture of the layers; its suffix says the format
 ) -> dict: # the report, with every layer, and the bytes on disk
     "Say what is in a compressed folder."
     from fips_nb.folder_format import folder_bytes, read_config
+    from fips_nb.model_cards import dense_params
     path = Path(model)
     if not path.is_dir(): raise ValueError(f"there is no folder {path}; `fips compress` makes one")
     if plot: _check_picture(plot)
@@ -908,10 +911,9 @@ def info(
     report,size = config.get('report') or {}, folder_bytes(path)
     factors = (report.get('factors') or {}).get('layers') if plot else None
     if plot: plot_layers(report.get('layers') or [], plot, factors or [])
-    known = all(type(report.get(k, 0)) is int for k in _DENSE) # a report may say anything
-    n = sum(s*report.get(k, 0) for k,s in _DENSE.items()) if known else 0
-    bits = dict(bits=8*size/n) if n > 0 else {}
-    return dict(model=str(path), arch=config['arch'], **report | dict(bytes=size, **bits))
+    bits = dict(bits=8*size/n) if (n := dense_params(report)) else {}
+    arch = config['arch'] or config['module']
+    return dict(model=str(path), arch=arch, **report | dict(bytes=size, **bits))
 
 # %% ../nbs/09_commands.ipynb #09-c164
 def _example(model, n, text, device):
@@ -965,6 +967,7 @@ def export(
     path,target = Path(model), Path(out)
     if not path.is_dir(): raise ValueError(f"there is no folder {path}; `fips compress` makes one")
     if target.exists(): raise ValueError(f"--out {target} exists; name another folder")
-    arch = read_config(path)['arch']
+    config = read_config(path)
+    arch = config['arch'] or config['module']
     hub.export(path, target)
     return dict(model=str(path), out=str(target), arch=arch, bytes=folder_bytes(target))

@@ -8,11 +8,11 @@ __all__ = ['REST', 'FORMAT', 'VERSION', 'FILES', 'Dtype', 'Order', 'Codec', 'WID
            'all_finite', 'check_finite', 'dtype_name', 'dtype_named', 'memory_order', 'in_order', 'linear_record',
            'group_record', 'rounding_error', 'narrow', 'outside', 'main_dtype', 'check_rest', 'store_rest',
            'round_rest', 'of_transformers', 'is_ours', 'check_target', 'swap_in', 'LinearEntry', 'GroupPart',
-           'GroupEntry', 'LayerEntry', 'LayerGroupEntry', 'is_coded', 'factor_shapes', 'coded_factors', 'check_groups',
-           'check_depth', 'check_plain', 'check_version', 'read_config', 'header', 'check_claims', 'check_nonzeros',
-           'bounded_build', 'check_tables', 'refusing', 'decoded', 'check_compressed', 'codes_of', 'check_decoded',
-           'factor_names', 'whole_groups', 'stored_values', 'coded_record', 'version_of', 'shard_files', 'folder_bytes',
-           'file_parts', 'dense_bytes']
+           'GroupEntry', 'LayerEntry', 'LayerGroupEntry', 'TensorEntry', 'is_coded', 'factor_shapes', 'coded_factors',
+           'check_groups', 'check_depth', 'check_plain', 'check_version', 'read_config', 'header', 'check_claims',
+           'check_nonzeros', 'bounded_build', 'check_tables', 'refusing', 'decoded', 'check_compressed', 'codes_of',
+           'check_decoded', 'factor_names', 'whole_groups', 'stored_values', 'coded_record', 'version_of',
+           'shard_files', 'folder_bytes', 'file_parts', 'dense_bytes']
 
 # %% ../nbs/07_folder_format.ipynb #07-003
 import math
@@ -35,6 +35,7 @@ from . import __version__
 from .disk import recover, swapping
 from .schema import Count, Name, Size, conform, read_json, unique
 from .sparse_factors import factor_layers
+from .model_cards import CARD, is_card
 from .entropy_coding import Coded
 from .coded_models import coded_name, matrix_shape
 
@@ -291,7 +292,8 @@ def round_rest(
     return model
 
 # %% ../nbs/07_folder_format.ipynb #07-044
-FORMAT, VERSION = 'fips_nb', 4 # of the folder; 1 had no 16-bit rest, 2 no codes, 3 no coded factors
+FORMAT, VERSION = 'fips_nb', 5 # of the folder; 1 had no 16-bit rest, 2 no codes,
+# 3 no coded factors, 4 no modules of one's own
 
 FILES = re.compile(
     r'model(-\d{5}-of-\d{5})?\.safetensors|(tokenizer|spiece|sentencepiece\.bpe)\.model|'
@@ -327,12 +329,15 @@ def check_target(
     if not overwrite:
         raise FileExistsError(f"{folder} exists; choose another folder, or overwrite=True")
     names = sorted(p.name for p in folder.iterdir())
-    if foreign := [n for n in names if not FILES.fullmatch(n)]:
+    if foreign := [n for n in names if not FILES.fullmatch(n) and n != CARD]:
         raise FileExistsError(f"{folder} holds {foreign[0]!r}, which is not part of a saved "
                               "model, and is left alone")
     if names and not is_ours(folder):
         raise FileExistsError(f"{folder} holds another program's files ({names[0]!r}), and is "
                               "left alone")
+    if CARD in names and not is_card((folder/CARD).read_text('utf-8', 'replace')):
+        raise FileExistsError(f"{folder/CARD} was written or changed by somebody, and is left "
+                              "alone; move it elsewhere first")
 
 # %% ../nbs/07_folder_format.ipynb #07-046
 def swap_in(
@@ -340,7 +345,8 @@ def swap_in(
     overwrite:bool=False, # whether a saved model there may be replaced
 ): # context of a new folder
     "A new folder that takes the place of `folder` if all goes well, and vanishes otherwise."
-    return swapping(folder, FILES, lambda: check_target(folder, overwrite))
+    ours = re.compile(f'{FILES.pattern}|{re.escape(CARD)}')
+    return swapping(folder, ours, lambda: check_target(folder, overwrite))
 
 # %% ../nbs/07_folder_format.ipynb #07-054
 Dtype = Literal['float16', 'bfloat16', 'float32', 'float64']
@@ -387,19 +393,35 @@ class _Any(msgspec.Struct):
     coded:Annotated[list[Name], Meta(max_length=2**20)] = [] # parameters that are stored as codes
     fips_nb:str = '' # version of the package that wrote it
 
-class _Own(_Any, kw_only=True):
-    "A folder of a timm model."
+class _File(_Any, kw_only=True):
+    "A folder of one weights file."
     format:Literal['fips_nb']
+    bytes:Count # of the weights file
+    sha256:Annotated[str, Meta(pattern='^[0-9a-f]{64}$')] # of the weights file
+    tied:dict[Name,Name] # name of a tensor -> name under which it is stored
+    groups:Annotated[list[GroupEntry], Meta(max_length=2**16)]
+
+class _Own(_File, kw_only=True):
+    "A folder of a timm model."
     arch:Name
     num_classes:Annotated[int, Meta(ge=0, le=2**31 - 1)]|None
     model_args:dict[Name,Any]
     pretrained_cfg:dict[Name,Any]
     dtype:Dtype # of the model
-    bytes:Count # of the weights file
-    sha256:Annotated[str, Meta(pattern='^[0-9a-f]{64}$')] # of the weights file
-    tied:dict[Name,Name] # name of a tensor -> name under which it is stored
-    groups:Annotated[list[GroupEntry], Meta(max_length=2**16)]
     own:list[Name] = [] # tensors of another dtype than the model's
+
+class TensorEntry(msgspec.Struct):
+    "A tensor outside the factors, as it was in the module."
+    dtype:Dtype|Literal['bool', 'uint8', 'int8', 'int16', 'int32', 'int64']
+    shape:Annotated[list[Annotated[int, Meta(ge=0, le=2**31 - 1)]], Meta(max_length=64)]
+
+class _Module(_File, kw_only=True):
+    "A folder of a module that its user makes."
+    arch:None
+    module:Name # class of the module, for people
+    tensors:dict[Name,TensorEntry]
+    shared:dict[Name,Name] # another place of a linear -> its name
+    transposed:list[Name] # linears whose weight is (in, out)
 
 class _Theirs(_Any, kw_only=True):
     "What a folder of a transformers model says of the factors, with three of its other entries."
@@ -529,6 +551,7 @@ def read_config(
     if not f.is_file():
         raise FileNotFoundError(f"{folder} has no config.json, so it is no model saved by fips_nb")
     config, kind = read_json(f), _Own
+    if isinstance(config, dict) and 'module' in config: kind = _Module
     if isinstance(config, dict) and of_transformers(config):
         check_plain(config, f)
         config, kind = _description(config), _Theirs

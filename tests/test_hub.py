@@ -247,7 +247,8 @@ def test_tensors_that_float16_does_not_hold(tmp_path):
     m.blocks[1].norm1.bias.data[0] = 3.4e38 # overflows in both
     m.blocks[2].norm1.bias = nn.Parameter(m.blocks[2].norm1.bias.detach().half()) # is narrow here
     m.register_buffer("fine", torch.rand(3).double())
-    tensors, about, _ = timm_folders._packed(m, demo_vit(), None, "16bit")
+    own = outside(m.state_dict(), factor_layers(m))
+    tensors, about, _ = timm_folders.pack_model(m, own, {})
     names = ("norm.weight", "blocks.0.norm1.bias", "blocks.1.norm1.bias", "blocks.2.norm1.bias")
     assert [str(tensors[k].dtype)[6:] for k in (*names, "fine")] == [
         "bfloat16", "bfloat16", "float32", "float16", "float64"]
@@ -498,6 +499,40 @@ def test_refused_models(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
+def test_cards(packed, tmp_path):
+    "The same model gives the same card, which counts in no size and is replaced only as it was written."
+    m = save(packed, tmp_path/"m", report=packed.report | dict(source=dict(model="x", n_calib=200, unit="images")))
+    text = (m/"README.md").read_bytes()
+    back = load(m)
+    assert (save(back, tmp_path/"n")/"README.md").read_bytes() == text
+    assert folder_bytes(m) == (m/"model.safetensors").stat().st_size
+    for word in (b"library_name: timm", b"200 `images`", f"{folder_bytes(m):,}".encode(), b"load('FOLDER')"):
+        assert word in text
+    assert b"base_model" not in text and str(tmp_path).encode() not in text
+    save(packed, m, overwrite=True) # its own card
+    (m/"README.md").write_bytes(text + b"My remarks.")
+    for wrong in (text + b"My remarks.", b"", text.replace(b"Size", b"size"), b"\xff\xfe"):
+        (m/"README.md").write_bytes(wrong)
+        with pytest.raises(FileExistsError, match="README.md was written or changed"):
+            save(packed, m, overwrite=True)
+        assert (m/"README.md").read_bytes() == wrong
+    same(load(m), load(tmp_path/"n")) # and it may say what it likes
+
+
+def test_base_model_of_a_card(tmp_path):
+    "The command line says where weights came from; nobody else does for models of timm."
+    m = factored(timm.create_model("vit_tiny_patch16_224", depth=1), quick=True)
+    base = lambda folder: "base_model: " in (folder/"README.md").read_text()
+    source = dict(model="vit_tiny_patch16_224", weights=None)
+    first = save(m, tmp_path/"a", report=dict(source=source))
+    name = 'base_model: "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"'
+    assert name in (first/"README.md").read_text()
+    again = save(load(first), tmp_path/"b")
+    assert (again/"README.md").read_bytes() == (first/"README.md").read_bytes()
+    assert not base(save(m, tmp_path/"c", report=dict(source=source | dict(weights="mine.safetensors"))))
+    assert not base(save(m, tmp_path/"d", report=dict(preset="svd")))
+
+
 def test_folders_that_are_not_ours_are_left_alone(packed, tmp_path):
     m = tmp_path/"m"
     m.mkdir()
@@ -627,8 +662,8 @@ def test_tensors_that_do_not_fit(change, match, folder):
     with pytest.raises(ValueError, match=match): load(folder)
 
 
-def test_only_two_files_without_pickle(folder):
-    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
+def test_only_three_files_without_pickle(folder):
+    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     assert json.loads((folder/"config.json").read_text())["format"] == "fips_nb"
     shutil.move(folder, folder.parent/"moved")
     same(load(folder.parent/"moved"), load(str(folder.parent/"moved")))

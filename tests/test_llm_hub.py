@@ -1016,3 +1016,14 @@ def test_what_compress_returns(tmp_path):
         back = AutoModelForCausalLM.from_pretrained(tmp_path/k)
         assert back.config.quantization_config.report["preset"] == "fips-als"
         with torch.no_grad(): assert torch.equal(back(x).logits, res.model.eval()(x).logits)
+
+
+def test_card_of_a_transformers_model(model, tmp_path):
+    model = copy.deepcopy(model)
+    model.name_or_path = "somebody/llama" # as from_pretrained sets it
+    card = (hub.save(model, tmp_path/"m", report=dict(preset="svd"))/"README.md").read_text()
+    for word in ('base_model: "somebody/llama"', "library_name: transformers", "AutoModelForCausalLM.from_pretrained"):
+        assert word in card
+    assert (hub.save(hub.load(tmp_path/"m"), tmp_path/"n")/"README.md").read_text() == card
+    hub.export(tmp_path/"m", tmp_path/"plain")
+    assert not (tmp_path/"plain/README.md").exists() # it is about another folder

@@ -34,6 +34,45 @@ def llama():
     return LlamaForCausalLM(LlamaConfig(**sizes)).eval()
 
 
+class Block(torch.nn.Module):
+    def __init__(self, d, h):
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(d)
+        self.mlp = torch.nn.Sequential(torch.nn.Linear(d, h), torch.nn.GELU(), torch.nn.Linear(h, d))
+
+    def forward(self, x): return x + self.mlp(self.norm(x))
+
+
+class Net(torch.nn.Module):
+    "A module of nobody's library: tied weights, a block in two places, a buffer."
+    def __init__(self):
+        super().__init__()
+        first = Block(32, 64)
+        self.blocks = torch.nn.ModuleList([first, Block(32, 64), first])
+        self.embed, self.head = torch.nn.Embedding(40, 32), torch.nn.Linear(32, 40, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("scale", torch.linspace(1, 2, 32))
+
+    def forward(self, x):
+        x = self.embed(x)*self.scale
+        for b in self.blocks: x = b(x)
+        return self.head(x)
+
+
+def own_folders(root):
+    "Honest folders of a module that only this file has."
+    out = {}
+    words = list(torch.randint(0, 32, (4, 16, 8), generator=torch.Generator().manual_seed(0)))
+    torch.manual_seed(0)
+    net = Net().eval()
+    made, size = compress(net, words, .6, levels=2, distill_epochs=0), bits_to_bytes(net, 8.)
+    out["own-als"] = hub.save(made, root/"own-als")
+    out["own-coded"] = hub.save(code_model(net, words, size, 0), root/"own-coded")
+    made = code_model(made.model, words, size, 0, teacher=net)
+    out["own-factors"] = hub.save(made, root/"own-factors")
+    return out
+
+
 def make_folders(root):
     "Honest folders of each kind: name -> folder."
     images = list(demo_images("train")[0][:100].split(50))
@@ -51,7 +90,12 @@ def make_folders(root):
         factors = compress(model, batches, .4, levels=2, group_size=1 if kind == "llama" else 5, distill_epochs=0).model
         made = code_model(factors, batches, bits_to_bytes(model, 6.), 0, teacher=model)
         out[f"{kind}-factors"] = hub.save(made, root/f"{kind}-factors")
-    return out
+    return out | own_folders(root)
+
+
+def loaded(folder):
+    "Load a folder of any kind; the module for one of its own kind is made here."
+    return hub.load(folder, model=Net() if "own" in folder.name else None)
 
 
 # ---- mutations ----
@@ -182,23 +226,29 @@ def mutate(r, folder):
         change_tensors(r, ts)
         save_file(ts, f, meta)
     if r.random() < .85:
-        if (folder/"config.json").exists() and "timm" in folder.name: repair(folder)
+        if (folder/"config.json").exists() and "llama" not in folder.name: repair(folder)
         else: repair_sums(folder)
 
 
 # ---- what comes of it ----
 
 def example(model):
-    if hasattr(model, "config"): return torch.arange(12).view(2, 6)
+    if hasattr(model, "config") or isinstance(model, Net): return torch.arange(12).view(2, 6)
     return torch.linspace(-1, 1, 128).view(2, 1, 8, 8)
 
 
 def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+def export(folder):
+    "The plain weights of a folder."
+    with tempfile.TemporaryDirectory() as tmp: return weights(hub.export(folder, Path(tmp)/"plain"))
+
+
 def open_folder(folder, way):
     if way == "info": return cli.commands.info(folder)
-    if way == "load": return hub.load(folder)
+    if way == "export": return export(folder)
+    if way == "load": return loaded(folder)
     from transformers import AutoModelForCausalLM
     return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
 
@@ -231,8 +281,9 @@ def outcome(folder, way, honest):
         if way == "from_pretrained" and not within_package(e): return "refused by transformers itself"
         return f"exception {type(e).__name__}"
     if way == "info": return "described"
-    state = model.state_dict()
+    state = model if way == "export" else model.state_dict()
     if not all(torch.isfinite(t).all() for t in state.values()): return "loaded, not finite"
+    if way == "export": return "exported"
     if made_up(folder, way, state):
         return "loaded, structure missing" if of_fips(folder) else "loaded, not as a folder of fips_nb"
     try:
@@ -251,14 +302,18 @@ def peak():
     return read("VmRSS"), read("VmHWM")
 
 
-WAYS = {True: ("load", "load", "load", "info"), False: ("load", "from_pretrained", "from_pretrained", "info")}  # of timm
+WAYS = dict(timm=("load", "load", "load", "info"), llama=("load", "from_pretrained", "from_pretrained", "info"),
+            own=("load", "load", "export", "info"))
+
+
+def ways(name): return WAYS[name.partition("-")[0]]
 
 
 def one_folder(seed, folders, honest, root):
     "Mutate one of `folders` by `seed`, open it, and say what came of it."
     r = random.Random(seed)
     name = r.choice(sorted(folders))
-    way, m = r.choice(WAYS["timm" in name]), root/f"{name}-{os.getpid()}"
+    way, m = r.choice(ways(name)), root/f"{name}-{os.getpid()}"
     shutil.copytree(folders[name], m)
     try:
         mutate(r, m)
@@ -340,13 +395,13 @@ def in_chunks(one, seeds, progress=False):
 def fuzz(n, seed, root):
     "Counts by outcome for `n` mutated folders and plans, and the largest growth of memory by kind over the honest one."
     folders = make_folders(root)
-    honest = {k: {n: t.clone() for n, t in hub.load(f).state_dict().items()} for k, f in folders.items()}
+    honest = {k: {n: t.clone() for n, t in loaded(f).state_dict().items()} for k, f in folders.items()}
     one = lambda s: one_folder(s, folders, honest, root)
     usual = {}
     for k in folders: # memory of an honest load, in a fresh child as well
         def load():
             before, _ = peak()
-            model = hub.load(folders[k])
+            model = loaded(folders[k])
             return peak()[1] - before
         usual[k] = forked(load, 60)
     seeds = range(seed*10**7, seed*10**7 + n)
@@ -513,7 +568,7 @@ def run(what, n=100, seed=0):
     return out
 
 
-GOOD = ("refused", "described", "loaded, the same", "loaded, other values", "loaded, overflow in forward", "read, the same",
+GOOD = ("refused", "described", "exported", "loaded, the same", "loaded, other values", "loaded, overflow in forward", "read, the same",
         "read, another plan", "read, refused by compress", "as without a kill", "saved, old or new complete",
         "refused, old or new complete", "refused by transformers itself", "loaded, not as a folder of fips_nb")
 
@@ -525,6 +580,7 @@ BEHIND = ("schema.parse_json", "schema.conform", "disk.swapping", "disk._take_pl
           "folder_format.read_config", "folder_format.check_groups", "folder_format.coded_factors",
           "folder_format.check_claims",
           "folder_format.unpack_mask", "folder_format.unpack_values", "timm_folders.blueprint", "timm_folders.read",
+          "own_modules.read", "own_modules.fill", "own_modules.misfits", "own_modules.dense_state",
           "transformers_folders.check_shards", "transformers_folders._check_complete", "transformers_folders.read")
 
 
@@ -538,13 +594,13 @@ def recorded(a):
 def one(seed):
     "Open the folder of one case, and keep it."
     root = Path(tempfile.mkdtemp())
-    folders, kept, r = make_folders(root), root/"case", random.Random(seed)
+    folders, r = make_folders(root), random.Random(seed)
     name = r.choice(sorted(folders))
-    r.choice(WAYS["timm" in name])
+    way, kept = r.choice(ways(name)), root/"case"/name
     shutil.copytree(folders[name], kept)
     mutate(r, kept)
     print(f"{name} in {kept}")
-    hub.load(kept)
+    open_folder(kept, way)
 
 
 def main():
