@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOTE', 'pack_layers', 'checksum', 'check_shards', 'replace_layers', 'UnpackV', 'ShareU', 'Decode', 'FipsConfig',
-           'FipsQuantizer', 'register', 'attach', 'write', 'read', 'save_dense', 'lora_config']
+           'FipsQuantizer', 'register', 'attach', 'write', 'copy_beside', 'read', 'save_dense', 'lora_config']
 
 # %% ../nbs/07b_transformers_folders.ipynb #10-003
 import difflib
@@ -12,6 +12,7 @@ import itertools
 import json
 import re
 import shutil
+import warnings
 import zlib
 from contextlib import contextmanager
 from functools import cache
@@ -27,7 +28,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 from . import __version__
 from .grouping import linear_size
-from .schema import Name, conform, parse_json, unique
+from .schema import Name, conform, parse_json, read_json, unique
 from .sparse_factors import FactorLinear, factor_layers, to_dense
 from .pipeline import Compressed
 from .folder_format import FILES, VERSION, LayerGroupEntry, all_finite, bounded_build
@@ -522,7 +523,7 @@ def write(
     report:dict|None=None, # stored with it
     dtype:torch.dtype|None=None, # of the factors' values, see attach
     rest:str='16bit', # how everything else is stored, see attach
-    tokenizer=None, # saved beside it
+    tokenizer=None, # tokenizer or processor, saved beside it
     max_shard_size:int|str='50GB', # larger models are split into several files
 ) -> Path: # folder
     "Write `model` to `folder` with its own `save_pretrained`."
@@ -536,6 +537,49 @@ def _write(model, new, tokenizer, max_shard_size):
     model.save_pretrained(new, max_shard_size=max_shard_size)
     if tokenizer is not None: tokenizer.save_pretrained(new)
     for p in new.glob('*.safetensors'): shutil.copymode(new/'config.json', p)
+
+# %% ../nbs/07b_transformers_folders.ipynb #07b-c071
+_PROCESSOR = 'preprocessor_config.json', 'processor_config.json'
+_SENTENCES = 'modules.json', 'config_sentence_transformers.json', 'sentence_bert_config.json'
+_MODULE = re.compile(r'sentence_transformers\.[\w.]*(Transformer|Pooling|Normalize)')
+
+def _found_file(source, name):
+    "The file `name` of a folder or of a model on the hub, or None."
+    from transformers.utils import cached_file
+    missing = dict(_raise_exceptions_for_missing_entries=False,
+                   _raise_exceptions_for_connection_errors=False)
+    path = cached_file(str(source), name, **missing)
+    return path and Path(path)
+
+def _module_files(path):
+    "Files of the modules that `modules.json` lists; None where these are not the known ones."
+    files = []
+    for m in conform(read_json(path), list[dict], path):
+        kind,place = _MODULE.fullmatch(str(m.get('type'))), m.get('path')
+        if not kind: return None
+        known = place == '' or re.fullmatch(r'\d_(Pooling|Normalize)', str(place))
+        if not known or (kind[1] == 'Transformer') != (place == ''): return None
+        if place: files.append(f'{place}/config.json')
+    return files
+
+# %% ../nbs/07b_transformers_folders.ipynb #07b-c072
+def copy_beside(
+    source, # folder of a model, or its name on the hub
+    folder:Path, # where a model was saved
+):
+    "Copy the small JSON files of processors and of sentence-transformers to `folder`."
+    names,modules = list(_PROCESSOR), _found_file(source, 'modules.json')
+    more = _module_files(modules) if modules else []
+    if more is None:
+        warnings.warn(f"modules.json of {source} lists modules with weights or code of their own, "
+                      "which are not kept: sentence_transformers will not open what is saved")
+    elif modules: names += [*_SENTENCES, *more]
+    for name in names:
+        new = folder/name
+        if new.exists() or not (path := _found_file(source, name)): continue
+        read_json(path) # refuses what is large, or no JSON
+        new.parent.mkdir(exist_ok=True)
+        shutil.copy(path, new)
 
 # %% ../nbs/07b_transformers_folders.ipynb #10-037
 def _class_named(arch, model_type):
@@ -600,8 +644,9 @@ def _copy_others(source, new):
     "Copy what the folder `source` holds beside the weights, such as a tokenizer."
     for p in source.iterdir():
         weights = p.suffix == '.safetensors' or 'index' in p.name
-        if FILES.fullmatch(p.name) and not weights and not (new/p.name).exists():
+        if FILES.fullmatch(p.name) and p.is_file() and not weights and not (new/p.name).exists():
             shutil.copy(p, new)
+    copy_beside(source, new) # what lies in folders of its own
 
 def save_dense(
     source, # folder of a compressed transformers model, or such a model, which stays as it is
