@@ -631,6 +631,7 @@ def pair_perplexity(
     length:int|None=None, # tokens of a window, both halves; None takes 2048 or the context
     dense:nn.Module|None=None, # model to compare with, on the same windows
     batch_size:int|None=None, # windows at once; None takes 8
+    progress:bool=False, # show a bar on stderr
     **protocol, # fields of Protocol
 ) -> dict: # figures as of perplexity, without bits per byte
     "Measure the perplexity of the second half of each window of `text`, given the first."
@@ -639,7 +640,8 @@ def pair_perplexity(
     windows = _windows(models, tokenizer, text, length, how)
     start,sums,n = decoder_start(model), [], []
     with eval_mode(model, dense):
-        for x in (x for part in windows.parts for x in part.split(batch_size or 8)):
+        batches = [x for part in windows.parts for x in part.split(batch_size or 8)]
+        for x in tqdm(batches, desc='perplexity', disable=not progress, leave=False):
             pair = cut_pair(x, start)
             y = pair['decoder_input_ids']
             sums.append(_score(model, dense, pair, len(n), y))

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['NOTE', 'pack_layers', 'checksum', 'check_shards', 'replace_layers', 'UnpackV', 'ShareU', 'Decode', 'FipsConfig',
-           'FipsQuantizer', 'register', 'attach', 'write', 'copy_beside', 'read', 'save_dense', 'lora_config']
+           'FipsQuantizer', 'register', 'attach', 'write', 'files_beside', 'copy_files', 'read', 'save_dense',
+           'lora_config']
 
 # %% ../nbs/07b_transformers_folders.ipynb #10-003
 import difflib
@@ -364,6 +365,14 @@ def _check_complete(model, have):
         raise ValueError(f"tensor {gone[0]} is missing")
 
 # %% ../nbs/07b_transformers_folders.ipynb #07b-c033
+def _keep_names(model):
+    "Let tensors have the same names in the file as in `model`, if nothing else is converted."
+    from transformers.core_model_loading import revert_weight_conversion
+    ghosts = {k: torch.empty_like(t, device='meta')
+              for k,t in model.state_dict(keep_vars=True).items()}
+    written = revert_weight_conversion(model, dict(ghosts)).values()
+    if set(map(id, written)) == set(map(id, ghosts.values())): model._weight_conversions = []
+
 def _kept_names(model, names):
     "Those of `names` under which `save_pretrained` writes a tensor as it is."
     from transformers.core_model_loading import revert_weight_conversion
@@ -395,6 +404,9 @@ def _make_room(quantizer, model, checkpoint_files):
             nbytes = sum(Path(p).stat().st_size for p in checkpoint_files)
             check_tables(model, nbytes)
             check_decoded(_coded_shapes(model, coded), nbytes)
+            own = model.state_dict(keep_vars=True)
+            if not any(k in have for k in _written_names(model) if k not in own):
+                _keep_names(model) # an older folder has the names of a plain one
             _check_complete(model, have)
     guards = [f'^{re.escape(n)}\\.weight$' for n in quantizer.linears]
     ignored = model._keys_to_ignore_on_load_unexpected or ()
@@ -463,6 +475,7 @@ def _packed_state(quantizer, model):
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
     if getattr(model, '_hf_peft_config_loaded', False): return None, {} # adapters only
     layers, config = factor_layers(model), quantizer.quantization_config
+    if layers or getattr(model, 'fips_codes', None): _keep_names(model)
     own = remove_tied_weights_from_state_dict(outside(model.state_dict(), layers), model)
     groups = _at_hand(model)
     whole, codes = whole_groups(groups, _codes(model, own, groups))
@@ -563,21 +576,27 @@ def _module_files(path):
     return files
 
 # %% ../nbs/07b_transformers_folders.ipynb #07b-c072
-def copy_beside(
+def files_beside(
     source, # folder of a model, or its name on the hub
-    folder:Path, # where a model was saved
-):
-    "Copy the small JSON files of processors and of sentence-transformers to `folder`."
+) -> dict: # name -> path
+    "Find the small JSON files of processors and of sentence-transformers that lie in `source`."
     names,modules = list(_PROCESSOR), _found_file(source, 'modules.json')
     more = _module_files(modules) if modules else []
     if more is None:
         warnings.warn(f"modules.json of {source} lists modules with weights or code of their own, "
-                      "which are not kept: sentence_transformers will not open what is saved")
+                      "which are not kept: sentence_transformers opens no folder made of it")
     elif modules: names += [*_SENTENCES, *more]
-    for name in names:
-        new = folder/name
-        if new.exists() or not (path := _found_file(source, name)): continue
-        read_json(path) # refuses what is large, or no JSON
+    found = {name: path for name in names if (path := _found_file(source, name))}
+    for path in found.values(): read_json(path) # refuses what is large, or no JSON
+    return found
+
+def copy_files(
+    files:dict, # from files_beside
+    folder:Path, # where a model was saved
+):
+    "Copy `files` to `folder`; what is there already stays."
+    for name,path in files.items():
+        if (new := folder/name).exists(): continue
         new.parent.mkdir(exist_ok=True)
         shutil.copy(path, new)
 
@@ -626,8 +645,10 @@ def _as_dense(model):
     layers = factor_layers(model)
     quantizer = model.__dict__.pop('hf_quantizer', None)
     config = model.config.__dict__.pop('quantization_config', None)
+    names = model.__dict__.pop('_weight_conversions', None) # written as a plain model's are
     try: yield to_dense(model)
     finally:
+        if names is not None: model._weight_conversions = names
         for name,f in layers.items(): model.set_submodule(name, f)
         if quantizer is not None: model.hf_quantizer = quantizer
         if config is not None: model.config.quantization_config = config
@@ -646,7 +667,7 @@ def _copy_others(source, new):
         weights = p.suffix == '.safetensors' or 'index' in p.name
         if FILES.fullmatch(p.name) and p.is_file() and not weights and not (new/p.name).exists():
             shutil.copy(p, new)
-    copy_beside(source, new) # what lies in folders of its own
+    copy_files(files_beside(source), new) # what lies in folders of its own
 
 def save_dense(
     source, # folder of a compressed transformers model, or such a model, which stays as it is
