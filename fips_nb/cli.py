@@ -60,7 +60,8 @@ a few bits (--bits).
                                                 any timm model, your weights, unlabelled images
   fips compress demo-llm --out small            a trained language model and its text
   fips compress llama/ --out small --calib text.txt
-                                                any folder that transformers opens, any text
+                                                any folder that transformers opens: language
+                                                models, T5, ViT, CLIP, and data of that kind
   fips plan llama/ --target-ratio 0.8 --calib text.txt --out plan.json
                                                 which layer keeps how much, before compressing
   fips eval small --data validation/            accuracy or perplexity, bytes, speed
@@ -88,12 +89,14 @@ Exit status: 0 done, 2 wrong input, 1 other failure, 130 interrupted."""
 
 _DATA = """\
 Images: a flat folder (no labels), one folder for each class, or images with labels.csv (columns
-file,label). Text: a file, or a folder of .txt, .md and .jsonl; <|endoftext|> ends a document.
+file,label; file,caption for models of images and text). Text: a file, or a folder of .txt, .md
+and .jsonl; <|endoftext|> ends a document.
 """
 
 _PRESETS = ('rounding, fips-als, fips-paper, svd, asvd, svd-llm, basis-sharing, aafm, gfm, '
             'pruning, auto')
-_MODEL = "demo-vit, demo-llm, a name of timm, or a folder or name that transformers opens"
+_MODEL = ("demo-vit, demo-llm, a name of timm, or a folder or name that transformers opens: of "
+          "images, of text, or of both")
 _FOLDER = "folder that `fips compress` wrote"
 
 # %% ../nbs/09a_cli.ipynb #09a-c010
@@ -200,15 +203,17 @@ Trial fits show which blocks should share a basis, and which layer should keep h
 
 def _add_eval(sub):
     "The options of `fips eval`."
-    q = sub.add_parser('eval', help="measure accuracy or perplexity, and speed", epilog=_DATA + """
+    q = sub.add_parser('eval', help="measure accuracy, perplexity or likeness, and speed", epilog=_DATA + """
   fips eval small --data validation/
   fips eval small --data validation/ --weights w.safetensors    beside the dense model
   fips eval vit_tiny_patch16_224 --data validation/ --weights w.safetensors
-  fips eval small --data heldout.txt --dense llama/             beside the dense language model""")
+  fips eval small --data heldout.txt --dense llama/             beside the dense language model
+
+An encoder, which has neither classes nor next tokens, is compared with --dense alone.""")
     q.add_argument('model', metavar='DIR|MODEL', help=f"{_FOLDER}, or a MODEL as it takes")
-    _option(q, '--data', "labelled images, or text (the demos have their own, held out from "
+    _option(q, '--data', "images, with labels or captions, or text (the demos have their own, held out from "
             "training and calibration)", metavar='PATH')
-    _option(q, '--dense', "the dense language model to stand beside; of a timm model --weights "
+    _option(q, '--dense', "the dense model of transformers to stand beside; of a timm model --weights "
             "says which", metavar='MODEL')
     _run_options(q, EvaluateOptions.batch_size)
 
@@ -234,9 +239,9 @@ Every format of each layer is timed, and the fastest is kept. No weights are nee
 codes is timed in each mode that it can have in memory: dense, int8 (its integers as they are) and
 coded. The times are those of this machine, as busy as it is now; OMP_NUM_THREADS sets the number of
 threads.""")
-    q.add_argument('model', metavar='DIR|MODEL', help=f"{_FOLDER}, demo-vit, a name of timm, or "
-                   "the folder of a language model (their weights do not count)")
-    _option(q, '--batch', "images, or tokens of a text, to be fast for at once (default 1)",
+    q.add_argument('model', metavar='DIR|MODEL', help=f"{_FOLDER}, or a MODEL as it takes (whose "
+                   "weights do not count)")
+    _option(q, '--batch', "images, captions, or tokens of a text, to be fast for at once (default 1)",
             type=_batches, metavar='N,N')
     _option(q, '--budget', "of a MODEL: share of the MLPs' parameters to keep (default 0.5); a DIR "
             "has its own", type=float, metavar='P')
@@ -253,7 +258,7 @@ def _add_export(sub):
     q = sub.add_parser('export', help="multiply the factors out into plain weights", epilog="""
   fips export small --out dense
 
-A language model becomes a folder that transformers, converters and servers read without fips_nb.
+A model of transformers becomes a folder that transformers, converters and servers read without fips_nb.
 A timm model becomes DIR/model.safetensors, which timm.create_model(..., checkpoint_path=...)
 reads. Either is as large as the model was before.""")
     q.add_argument('model', metavar='DIR', help=_FOLDER)
@@ -526,13 +531,18 @@ def _perplexity_text(o):
     return _beside(o, ['model', 'perplexity', 'loss', 'bytes', 'ms per window'], row, said)
 
 # %% ../nbs/09a_cli.ipynb #09a-c038
+_TOWERS = dict(image_cosine='images', text_cosine='captions')
+
 def _cosine_text(o):
     "The report of an encoder."
-    row = lambda name,x,n: [name, f'{n:,}', f"{x['ms_per_window']:.2f}"]
-    said = [f"The cosine similarity to the dense outputs is {o['cosine']:.4f} on average and "
-            f"{o['least_cosine']:.4f} at least, over {o['n']:,} documents ({o['data']}); "
+    unit = 'window' if 'ms_per_window' in o else 'image'
+    row = lambda name,x,n: [name, f'{n:,}', f"{x[f'ms_per_{unit}']:.2f}"]
+    each = [f"{o[k]:.4f} of the {w}" for k,w in _TOWERS.items() if k in o]
+    of = f" ({' and '.join(each)})" if each else ''
+    said = [f"The cosine similarity to the dense outputs is {o['cosine']:.4f} on average{of} and "
+            f"{o['least_cosine']:.4f} at least, over {o['n']:,} examples ({o['data']}); "
             f"{_where(o)}."]
-    return _beside(o, ['model', 'bytes', 'ms per window'], row, said)
+    return _beside(o, ['model', 'bytes', f'ms per {unit}'], row, said)
 
 def _eval(a):
     "Run `fips eval`; the result and its report."

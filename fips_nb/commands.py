@@ -19,8 +19,8 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from .models import (check_name, image_batches, is_text_model, new_model, one_line,
-                            open_model, open_text_model, text_batches)
+from .models import (Opened, check_name, in_transformers, kind_of, new_model, one_line,
+                            open_any, open_model, open_processor, read_batches)
 
 # %% ../nbs/09_commands.ipynb #09-c011
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class FitOptions:
     target_ratio:float|None=None # instead: share of the whole model's parameters to keep
     target_bytes:int|None=None # instead: bytes of the whole model on disk
     targets:str|None=None # linears to compress: 'mlp', 'attn' or 'all'; None takes the preset's
-    calib:str|Path|None=None # folder of images, or text; None takes the demo's own
+    calib:str|Path|None=None # folder of images, perhaps with captions, or text; None: the demo's
     n_calib:int|None=None # images or windows; None takes 1000 images, or the windows that pay
     window:int|None=None # tokens of a window of text; None takes 2048 or the model's context
     batch_size:int=8 # images or windows at a time
@@ -151,34 +151,37 @@ def _check_out(out, overwrite):
                          "else; name another --out")
 
 # %% ../nbs/09_commands.ipynb #09-c038
-def _check_kind(name, text, wrong):
-    "Refuse options of vision models for text models, and the other way around."
-    for flag in [_flag(k) for k,bad in wrong.items() if bad]:
-        kind = 'vision' if text else 'language'
-        raise ValueError(f"{flag} is for {kind} models, and {name} is none; leave it out")
+_NEEDS = dict(images=('images', 'FOLDER'), text=('text', 'FILE'), pairs=('text', 'FILE'),
+              captions=('images with captions', 'FOLDER')) # of a kind: its data, and where they are
+
+def _of_text(kind): return _NEEDS[kind][0] == 'text'
+
+def _check_kind(name, kind, o):
+    "Refuse options that mean nothing for a model."
+    if o.weights and in_transformers(name):
+        raise ValueError(f"--weights is for models of timm, and {name} is none; leave it out")
+    if o.window and not _of_text(kind):
+        raise ValueError(f"--window is for models of text, and {name} is none; leave it out")
 
 def _check_model(name, o):
-    "Refuse a model or data that do not fit each other; whether `name` is a text model."
-    text = is_text_model(name)
-    if not text: check_name(name)
-    _check_kind(name, text, dict(weights=text and o.weights, window=not text and o.window))
+    "Refuse a model or data that do not fit each other."
+    if not in_transformers(name): check_name(name)
+    kind = kind_of(name)
+    _check_kind(name, kind, o)
     if o.calib is None and name not in ('demo-vit', 'demo-llm'):
-        what,where,much = (('text', 'FILE', 'some hundred kilobytes') if text else
-                           ('images', 'FOLDER', 'any few hundred'))
+        what,where = _NEEDS[kind]
+        much = 'some hundred kilobytes' if where == 'FILE' else 'any few hundred'
+        free = '' if kind == 'captions' else ', without labels'
         raise ValueError(f"{name} needs {what} to calibrate with: --calib {where} "
-                         f"({much} of the kind it is used on, without labels)")
-    return text
+                         f"({much} of the kind it is used on{free})")
 
 # %% ../nbs/09_commands.ipynb #09-c044
 @dataclass
-class Request:
+class Request(Opened):
     "A dense model, how small it should become, and the data to do it with."
-    name:str # of the model
-    model:object # dense, in eval mode
-    tokenizer:object # of a text model, or None
-    device:object # torch device
-    share:float # of the targeted weights to keep, or the bytes of the file
-    count:str # what the share is of: 'parameters' or 'bytes'; or 'bytes of the file'
+    device:object=None # torch device
+    share:float=.5 # of the targeted weights to keep, or the bytes of the file
+    count:str='parameters' # what the share is of: or 'bytes', or 'bytes of the file'
     batches:object=None # to calibrate with
     n:int=0 # images or windows in them
     unit:str='images' # what they are called
@@ -205,24 +208,26 @@ def _share(model, o, targets):
 
 def _open_request(name, o, targets):
     "Open the model `name`; its data are read later."
-    text,device = _check_model(name, o), _device(o.device)
-    model,tokenizer = open_text_model(name) if text else (open_model(name, o.weights), None)
-    return Request(name, model, tokenizer, device, *_share(model, o, targets))
+    _check_model(name, o)
+    device,opened = _device(o.device), open_any(name, o.weights)
+    share,count = _share(opened.model, o, targets)
+    return Request(**vars(opened), device=device, share=share, count=count)
 
 # %% ../nbs/09_commands.ipynb #09-c050
 def _read_data(request, o):
     "Read the calibration data of `request`."
-    reading = dict(batch_size=o.batch_size, seed=o.seed)
-    if request.tokenizer is not None:
-        request.batches = text_batches(request.model, request.tokenizer, o.calib, n=o.n_calib,
-                                       window=o.window, device=o.device, **reading)
-        request.n = len(request.batches.windows)
-        request.unit = f'windows of {request.batches.length} tokens'
-        return
-    request.batches = image_batches(request.model, o.calib, 'train', n=o.n_calib or 1000,
-                                    progress=o.progress, **reading)
-    images = [b[0] if isinstance(b, (tuple, list)) else b for b in request.batches]
-    request.n = sum(map(len, images))
+    text = _of_text(request.kind)
+    b = read_batches(request, o.calib, n=o.n_calib if text else o.n_calib or 1000,
+                     batch_size=o.batch_size, seed=o.seed, window=o.window, device=o.device,
+                     progress=o.progress)
+    request.batches = b
+    request.n = len(b.windows) if text else sum(map(_examples, b))
+    request.unit = f'windows of {b.length} tokens' if text else _NEEDS[request.kind][0]
+
+def _examples(batch):
+    "How many examples are in a batch."
+    if isinstance(batch, dict): return len(next(iter(batch.values())))
+    return len(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
 # %% ../nbs/09_commands.ipynb #09-c058
 def _overrides(o):
@@ -455,7 +460,7 @@ def _save(request, o, res, out, plan):
         report['plan'] = {k: plan.about[k] for k in
                           ('count', 'budget', 'divergence', 'predicted', 'trials')}
     options = dict(arch='demo-vit') if request.name == 'demo-vit' else {}
-    if request.tokenizer is not None: options['tokenizer'] = request.tokenizer
+    if request.processor is not None: options['tokenizer'] = request.processor
     if o.keep_float32: options['rest'] = 'keep'
     hub.save(res, out, report=report, overwrite=o.overwrite, **options)
     return report
@@ -703,7 +708,7 @@ def plan(
 @dataclass(frozen=True)
 class EvaluateOptions:
     "Options of `evaluate`."
-    dense:str|None=None # the dense language model to stand beside
+    dense:str|None=None # the dense model of transformers to stand beside
     weights:str|Path|None=None # weights of a timm model, or of the dense one beside a folder
     window:int|None=None # tokens of a window of text; None takes 2048 or the model's context
     batch_size:int=25 # images or windows at a time
@@ -712,11 +717,11 @@ class EvaluateOptions:
     def __post_init__(self): _check_options(self)
 
 # %% ../nbs/09_commands.ipynb #09-c119
-def _folder_config(name, text):
+def _folder_config(name):
     "The configuration of a folder that `compress` wrote, or None for a dense model."
     from fips_nb.folder_format import is_ours, read_config
     path = Path(name)
-    if not path.is_dir() or (text and not is_ours(path)): return None
+    if not path.is_dir() or (in_transformers(name) and not is_ours(path)): return None
     config = read_config(path)
     if config['arch'] is None:
         raise ValueError(f"{path} holds a module of the class {config['module']!r:.80}, which no "
@@ -727,30 +732,33 @@ def _source(config):
     "What a compressed folder says of the model it came from."
     return ((config or {}).get('report') or {}).get('source') or {}
 
-def _vision_pair(name, config, o):
-    "The vision model to measure, and the dense one or None."
-    from fips_nb import hub
-    if config is None: return open_model(name, o.weights), None
-    arch = config['arch']
-    at_hand = o.weights or (arch == 'demo-vit' and not _source(config).get('weights'))
-    return hub.load(name), open_model(arch, o.weights) if at_hand else None
-
-def _text_pair(name, config, o):
-    "The text model to measure with its tokenizer, and the dense model with its name or Nones."
-    beside = o.dense or ('demo-llm' if _source(config).get('model') == 'demo-llm' else None)
-    model,tokenizer = open_text_model(name)
-    return model, tokenizer, open_text_model(beside)[0] if beside else None, beside
+def _pair(name, config, o):
+    "The model to measure, and the dense model with its name or Nones."
+    opened,source = open_any(name, None if config else o.weights), _source(config)
+    if in_transformers(name):
+        beside = o.dense or ('demo-llm' if source.get('model') == 'demo-llm' else None)
+        dense = open_any(beside) if beside else None
+        if dense and dense.kind != opened.kind:
+            raise ValueError(f"--dense {beside} takes {_NEEDS[dense.kind][0]}, and {name} takes "
+                             f"{_NEEDS[opened.kind][0]}; it is another model")
+        return opened, dense and dense.model, beside
+    arch = config['arch'] if config else None
+    at_hand = o.weights or (arch == 'demo-vit' and not source.get('weights'))
+    return opened, open_model(arch, o.weights) if config and at_hand else None, arch
 
 # %% ../nbs/09_commands.ipynb #09-c122
 def latency(
     models:list, # modules to time
-    x, # batch (n, ...)
+    batch, # see feed
     repeats:int=15, # timed calls of each
-) -> list: # median milliseconds per row of x, of each model
+) -> list: # median milliseconds per example of the batch, of each model
     "Time the models in turns, after a warm-up."
     from fips_nb.sparse_kernels import stopwatch
-    ms = stopwatch({i: lambda m=m: m(x) for i,m in enumerate(models)}, repeats, device=x.device)
-    return [t/len(x) for t in ms.values()]
+    from fips_nb.statistics import feed
+    device = next(models[0].parameters()).device
+    ms = stopwatch({i: lambda m=m: feed(m, batch) for i,m in enumerate(models)}, repeats,
+                   device=device)
+    return [t/_examples(batch) for t in ms.values()]
 
 def _here(device):
     "Where figures were measured."
@@ -765,94 +773,103 @@ def _bytes_of(name, config, model):
     return dict(bytes=sizes['dense_bytes'], bytes_16=sizes['dense_bytes_16'])
 
 # %% ../nbs/09_commands.ipynb #09-c129
-def _check_images(name, config, data, o):
-    "Refuse what cannot be measured on images; the name of the architecture."
-    if wrong := _given(o, ('dense', 'window')):
-        raise ValueError(f"{_flag(wrong[0])} is for language models; the dense weights of a timm "
-                         "model come with --weights")
-    arch = config['arch'] if config else name
-    check_name(arch)
-    if data is None and arch != 'demo-vit':
-        raise ValueError(f"{arch} needs labelled images to be measured on: --data FOLDER "
-                         "(one folder per class, or labels.csv)")
-    return arch
+_DEMOS = {'demo-vit': 'demo digits, held out', 'demo-llm': 'demo text, held out'}
+
+def _check_measured(name, kind, config, data, o):
+    "Refuse what cannot be measured, before a model is opened; what it is measured on."
+    _check_kind(name, kind, o)
+    ours = not in_transformers(name) # of timm
+    if ours and o.dense:
+        raise ValueError("--dense is for models of transformers; the dense weights of a timm model "
+                         "come with --weights")
+    first = config['arch'] if config and ours else name
+    if ours: check_name(first)
+    elif _source(config).get('model') == 'demo-llm': first = 'demo-llm'
+    what,where = _NEEDS[kind]
+    if data is None and first not in _DEMOS:
+        more = ' (labelled, if it has classes)' if kind == 'images' else ''
+        raise ValueError(f"{first} needs {what} to be measured on: --data {where}{more}")
+    return str(data or _DEMOS[first])
+
+def _check_alone(opened, dense):
+    "Refuse an encoder without the dense one."
+    from fips_nb.evaluation import has_classes
+    model = opened.model
+    if dense is not None: return
+    if has_classes(model) if opened.kind == 'images' else model.can_generate(): return
+    raise ValueError(f"{opened.name} is an encoder, which has no accuracy and no perplexity; "
+                     "--dense MODEL compares its outputs with those of the dense one")
 
 # %% ../nbs/09_commands.ipynb #09-c130
-def _evaluate_images(name, config, data, o):
-    "Accuracy of a vision model or of a folder of one."
-    from fips_nb import evaluation
-    arch,device = _check_images(name, config, data, o), _device(o.device)
-    model,dense = _vision_pair(name, config, o)
-    batches = image_batches(model, data, batch_size=o.batch_size, progress=o.progress)
-    if not getattr(batches, 'labelled', True):
+def _measured_on(opened, data, o):
+    "The data, as the measure takes them, and the options of the measure."
+    from fips_nb.demo import demo_text
+    from fips_nb.evaluation import has_classes
+    how,model = dict(progress=o.progress), opened.model
+    if opened.kind == 'text' or opened.kind == 'pairs' and model.can_generate():
+        text = demo_text('eval') if data is None else data
+        return text, how | dict(tokenizer=opened.processor.tokenizer, length=o.window,
+                                batch_size=o.batch_size)
+    batches = read_batches(opened, data, batch_size=o.batch_size, window=o.window, held_out=True,
+                           progress=o.progress)
+    labelled = opened.kind != 'images' or getattr(batches, 'labelled', True)
+    if not labelled and has_classes(model):
         raise ValueError(f"the images in {data} have no labels; accuracy needs one folder per "
                          "class, or labels.csv with file,label")
-    res = evaluation.evaluate(model, batches, dense, device=device, progress=o.progress)
-    ms = latency([m for m in (model, dense) if m is not None], next(iter(batches))[0].to(device))
-    out = dict(model=name, arch=arch, measure='accuracy', data=str(data or 'demo digits, held out'),
-               **res, **_bytes_of(name, config, model), ms_per_image=ms[0],
-               batch_size=o.batch_size, **_here(device))
-    if dense is not None:
-        out['dense'] = dict(model=arch, top1=out.pop('dense_top1'), ms_per_image=ms[1],
-                            **_dense_bytes(dense))
-    return out
+    return batches, how
 
-# %% ../nbs/09_commands.ipynb #09-c136
-def _held_out(name, config, data):
-    "The text to measure on: `data`, or the demo's own for the demo."
-    from fips_nb.demo import demo_text
-    if data is not None: return data
-    if 'demo-llm' not in (name, _source(config).get('model')):
-        raise ValueError(f"{name} needs text to be measured on: --data FILE")
-    return demo_text('eval')
-
-def _window(model, length):
-    "One window of random tokens (1, length) to time a model with."
+def _example(opened, n):
+    "An input of `n` images, of `n` tokens of one text or of each of its halves, or of `n` captions."
     import torch
-    n = model.config.get_text_config().vocab_size
-    return torch.randint(n, (1, length), generator=torch.Generator().manual_seed(0))
-
-# %% ../nbs/09_commands.ipynb #09-c139
-def _evaluate_text(name, config, data, o):
-    "Perplexity of a causal language model, or cosine similarity of an encoder to the dense one."
-    from fips_nb import evaluation
-    if o.weights:
-        raise ValueError("--weights is for timm models; the folder of a language model holds its "
-                         "own (--dense names the model to stand beside)")
-    device = _device(o.device)
-    model,tokenizer,dense,beside = _text_pair(name, config, o)
-    text = _held_out(name, config, data)
-    causal = model.can_generate()
-    if not causal and dense is None:
-        raise ValueError(f"{name} is an encoder, which has no perplexity; --dense MODEL compares "
-                         "its outputs with those of the dense one")
-    res = evaluation.evaluate(model, text, dense, tokenizer, device, length=o.window,
-                              batch_size=o.batch_size, progress=o.progress)
-    models = [m for m in (model, dense) if m is not None]
-    ms = latency(models, _window(model, res['window']).to(device), 7)
-    out = dict(model=name, arch=type(model).__name__,
-               measure='perplexity' if causal else 'cosine_similarity',
-               data=str(data or 'demo text, held out'), **res, **_bytes_of(name, config, model),
-               ms_per_window=ms[0], **_here(device))
-    if dense is not None:
-        moved = {k.removeprefix('dense_'): out.pop(k) for k in ('dense_perplexity', 'dense_loss')
-                 if k in out}
-        out['dense'] = dict(model=beside, **moved, ms_per_window=ms[1], **_dense_bytes(dense))
-    return out
+    from fips_nb.images import processor_size
+    from fips_nb.text import context_length, cut_pair, decoder_start
+    model,seeded = opened.model, torch.Generator().manual_seed(0)
+    def tokens(*shape):
+        return torch.randint(model.config.get_text_config().vocab_size, shape, generator=seeded)
+    if opened.kind == 'text': return dict(input_ids=tokens(1, n))
+    if opened.kind == 'pairs': return cut_pair(tokens(1, 2*n), decoder_start(model))
+    if opened.processor: size = processor_size(opened.processor.images)
+    else: size = (getattr(model, 'pretrained_cfg', None) or {}).get('input_size') or (1, 8, 8)
+    x = torch.randn(n, *size, generator=seeded)
+    if opened.kind == 'images': return x
+    return dict(pixel_values=x, input_ids=tokens(n, context_length(model)))
 
 # %% ../nbs/09_commands.ipynb #09-c142
 def evaluate(
     model:str, # folder that compress wrote, or what compress takes
-    data:str|Path|None=None, # labelled images, or text; None takes the demo's own, held out
+    data:str|Path|None=None, # images, with labels or captions, or text; None: the demo's own
     **options, # fields of EvaluateOptions
 ) -> dict: # accuracy, perplexity or cosine similarity, bytes and milliseconds
     "Measure a model, beside the dense one where that is at hand."
-    o = make_options(EvaluateOptions, options)
-    text,path = is_text_model(model), Path(model)
-    config = _folder_config(model, text)
-    if not text and config is None and (path.exists() or len(path.parts) > 1):
-        raise ValueError(f"{path} is no folder with a compressed model, and no model name")
-    return (_evaluate_text if text else _evaluate_images)(model, config, data, o)
+    o,kind = make_options(EvaluateOptions, options), kind_of(model)
+    config = _folder_config(model)
+    where,device = _check_measured(model, kind, config, data, o), _device(o.device)
+    opened,dense,beside = _pair(model, config, o)
+    _check_alone(opened, dense)
+    res,nets = _measure(opened, dense, data, o, device), [opened.model, dense]
+    ms = _milliseconds(opened, nets[:1 + (dense is not None)], o)
+    moved = {k.removeprefix('dense_'): res.pop(k) for k in list(res) if k.startswith('dense_')}
+    name = type(opened.model).__name__ if in_transformers(model) else beside or model
+    out = dict(model=model, arch=name, data=where, **res, **_bytes_of(model, config, opened.model),
+               **ms[0], batch_size=o.batch_size, **_here(device))
+    if dense is None: return out
+    return out | dict(dense=dict(model=beside, **moved, **ms[1], **_dense_bytes(dense)))
+
+def _measure(opened, dense, data, o, device):
+    "The name of the measure that suits a model, and its figures."
+    from fips_nb import evaluation
+    given,how = _measured_on(opened, data, o)
+    res = evaluation.evaluate(opened.model, given, dense, device=device, **how)
+    names = dict(top1='accuracy', perplexity='perplexity', cosine='cosine_similarity')
+    return dict(measure=next(v for k,v in names.items() if k in res)) | res
+
+def _milliseconds(opened, models, o):
+    "The milliseconds that each model takes for an image or a window."
+    from fips_nb.text import window_length
+    if not _of_text(opened.kind):
+        return [dict(ms_per_image=t) for t in latency(models, _example(opened, o.batch_size))]
+    n = window_length(opened.model, o.window)//(1 + (opened.kind == 'pairs'))
+    return [dict(ms_per_window=t) for t in latency(models, _example(opened, n), 7)]
 
 # %% ../nbs/09_commands.ipynb #09-c1d0
 _PICTURES = ('.png', '.svg', '.pdf')
@@ -916,30 +933,29 @@ def info(
     return dict(model=str(path), arch=arch, **report | dict(bytes=size, **bits))
 
 # %% ../nbs/09_commands.ipynb #09-c164
-def _example(model, n, text, device):
-    "An input of `n` images, or of `n` tokens of one text."
-    import torch
-    if text: return dict(input_ids=_window(model, n).to(device), use_cache=False)
-    size = (getattr(model, 'pretrained_cfg', None) or {}).get('input_size') or (1, 8, 8)
-    return torch.randn(n, *size, device=device)
-
-def _model_to_time(name, text, budget, sparsity):
+def _to_time(name, budget, sparsity):
     "A compressed model from a folder, or one with random factors of a budget; that budget."
     from fips_nb import hub
     from fips_nb.packing import random_factors
-    path = Path(name)
-    if _folder_config(name, text) is not None:
-        if budget is None and sparsity is None: return hub.load(path), None
-        raise ValueError(f"{path} is compressed already; leave out --budget and --sparsity")
-    if not text and (path.exists() or len(path.parts) > 1):
-        raise ValueError(f"{path} is no folder with a compressed model, and no model name")
-    model,budget = open_text_model(name)[0] if text else new_model(name), budget or .5
-    return random_factors(model, budget, group_size=4, sparsity=sparsity), budget
+    kind,ours = kind_of(name), not in_transformers(name)
+    if _folder_config(name) is not None:
+        if budget is not None or sparsity is not None:
+            raise ValueError(f"{name} is compressed already; leave out --budget and --sparsity")
+        sees = not ours and not _of_text(kind) # the size of an image is that of its processor
+        return Opened(name, hub.load(name), kind, open_processor(name, kind) if sees else None), None
+    opened,budget = Opened(name, new_model(name), kind) if ours else open_any(name), budget or .5
+    random_factors(opened.model, budget, group_size=4, sparsity=sparsity)
+    return opened, budget
+
+def _moved(batch, device):
+    "A batch on another device."
+    if isinstance(batch, dict): return {k: t.to(device) for k,t in batch.items()}
+    return batch.to(device)
 
 # %% ../nbs/09_commands.ipynb #09-c165
 def bench(
     model:str, # folder that compress wrote, or a model name or folder (its weights do not count)
-    batch:tuple=(1,), # images, or tokens of a text, to be fast for at once
+    batch:tuple=(1,), # images, captions, or tokens of a text, to be fast for at once
     budget:float|None=None, # of a model name: share of the MLPs' parameters to keep; None takes 0.5
     sparsity:float|None=None, # of a model name: share of zeros; None follows from the budget
     prefer:str='time', # keep the fastest format of a layer or mode of a coded model; or 'memory'
@@ -949,10 +965,10 @@ def bench(
     from fips_nb.coded_memory import bench_modes
     from fips_nb.packing import bench as time_packed
     from fips_nb.sparse_factors import factor_layers
-    text,where = is_text_model(model), _device(device)
-    net,budget = _model_to_time(model, text, budget, sparsity)
-    net.to(where)
-    inputs = {n: _example(net, n, text, where) for n in batch}
+    where = _device(device)
+    opened,budget = _to_time(model, budget, sparsity)
+    net = opened.model.to(where)
+    inputs = {n: _moved(_example(opened, n), where) for n in batch}
     timed = time_packed if factor_layers(net) else bench_modes
     return dict(model=model, budget=budget, prefer=prefer, **timed(net, inputs, prefer))
 

@@ -126,10 +126,12 @@ def recover(
     for old in (w/'old' for w in _workplaces(folder)):
         if old.is_dir(): return old.rename(folder)
 
-def _remove(folder, ours):
-    "Delete the files of `folder` that are `ours`, and the folder if nothing else is in it."
+def _remove(folder, ours, within=''):
+    "Delete the files of `folder` that are `ours`, and the folders if nothing else is in them."
     for p in [*folder.iterdir()]:
-        if ours.fullmatch(p.name): p.unlink()
+        if not ours.fullmatch(within + p.name): continue
+        if p.is_dir() and not p.is_symlink(): _remove(p, ours, f'{within}{p.name}/')
+        else: p.unlink()
     folder.rmdir()
 
 HOUR = 3600. # seconds after which a workplace that nobody ever held is dead

@@ -110,17 +110,21 @@ def distill_blocks(
     return losses
 
 # %% ../nbs/03a_distillation.ipynb #03a-c022
+def _main_output(out):
+    "The tensor in an output of transformers; of two towers the embeddings of both, in rows."
+    for k in ('logits', 'last_hidden_state'):
+        if (t := getattr(out, k, None)) is not None: return t
+    return torch.cat([out.image_embeds, out.text_embeds])
+
 def predict(
     model:nn.Module, # any
     batch, # see feed
     device=None, # where it runs; None is where the model is
 ) -> torch.Tensor: # (..., k)
-    "Output of `model` for one batch: a tensor, logits or hidden states, without padding."
+    "Output of `model` for one batch: a tensor, logits, states or embeddings, without padding."
     out,keep = feed(model, batch, device), padding_mask(batch)
     if isinstance(out, (tuple, list)): out = out[0]
-    elif not torch.is_tensor(out):
-        logits = getattr(out, 'logits', None)
-        out = out.last_hidden_state if logits is None else logits
+    elif not torch.is_tensor(out): out = _main_output(out)
     return out if keep is None or out.shape[:2] != keep.shape else out[keep.to(out.device)]
 
 # %% ../nbs/03a_distillation.ipynb #03a-c025

@@ -299,7 +299,9 @@ FILES = re.compile(
     r'model(-\d{5}-of-\d{5})?\.safetensors|(tokenizer|spiece|sentencepiece\.bpe)\.model|'
     r'merges\.txt|vocab\.txt|chat_template\.jinja|'
     r'(config|generation_config|model\.safetensors\.index|tokenizer|tokenizer_config|'
-    r'special_tokens_map|added_tokens|vocab|chat_template)\.json') # of a saved model
+    r'special_tokens_map|added_tokens|vocab|chat_template|preprocessor_config|processor_config|'
+    r'modules|config_sentence_transformers|sentence_bert_config)\.json|'
+    r'\d_(Pooling|Normalize)(/config\.json)?') # of a saved model
 
 def of_transformers(
     config:dict, # of a config.json
@@ -318,6 +320,13 @@ def is_ours(
     except (OSError, ValueError, AttributeError): return False
 
 # %% ../nbs/07_folder_format.ipynb #07-c045
+def _names(folder):
+    "Names of what is in `folder`, and of what is in those folders that a saved model has."
+    for p in folder.iterdir():
+        yield p.name
+        if FILES.fullmatch(p.name) and p.is_dir() and not p.is_symlink():
+            yield from (f'{p.name}/{q.name}' for q in p.iterdir())
+
 def check_target(
     folder:Path, # where a model is to be written
     overwrite:bool=False, # whether a saved model there may be replaced
@@ -328,7 +337,7 @@ def check_target(
     if not folder.is_dir(): raise FileExistsError(f"{folder} is a file; name a folder")
     if not overwrite:
         raise FileExistsError(f"{folder} exists; choose another folder, or overwrite=True")
-    names = sorted(p.name for p in folder.iterdir())
+    names = sorted(_names(folder))
     if foreign := [n for n in names if not FILES.fullmatch(n) and n != CARD]:
         raise FileExistsError(f"{folder} holds {foreign[0]!r}, which is not part of a saved "
                               "model, and is left alone")

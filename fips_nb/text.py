@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['documents', 'render_chats', 'tokenize', 'open_tokenizer', 'context_length', 'window_length', 'vocabulary_size',
            'check_tokens', 'pick_windows', 'Protocol', 'Sampling', 'options', 'TextBatches', 'calibration_operations',
-           'enough_windows', 'window_sums', 'perplexity', 'cosine_similarity']
+           'enough_windows', 'window_sums', 'perplexity', 'cosine_similarity', 'reads_pairs', 'decoder_start',
+           'cut_pair', 'PairBatches', 'pair_perplexity']
 
 # %% ../nbs/04c_text.ipynb #06-003
-import io, math, os
+import inspect, io, math, os
 from dataclasses import dataclass, fields
 from itertools import islice, repeat
 from pathlib import Path
@@ -347,7 +348,7 @@ class TextBatches:
         how = options(Sampling, sampling, 'TextBatches')
         given = torch.is_tensor(source)
         if given and source.dim() == 2: length = length or source.shape[1]
-        self.batch_size,self.length = batch_size, window_length(model, length)
+        self.model,self.batch_size,self.length = model, batch_size, window_length(model, length)
         tokens = _given(source, how.bos) if given else self._read(source, tokenizer, n, seed, how)
         if model is not None: check_tokens(model, tokens)
         _same_length(tokens, self.length)
@@ -476,16 +477,16 @@ def _windows(models, tokenizer, text, length, how):
     return _Windows(parts, tokens.numel() - marked, n_bytes, length)
 
 # %% ../nbs/04c_text.ipynb #04c-c047
-def _logits(model, x):
-    "Logits (b, t, v) of `model` for tokens `x`."
+def _logits(model, x, y):
+    "Logits (b, t, v) of `model` for a batch `x`, a row for each of the tokens `y`."
     out = feed(model, x)
     z = out if torch.is_tensor(out) else getattr(out, 'logits', None)
     name = type(model).__name__
     if z is None:
         raise ValueError(f"{name} gives no logits; open it as a causal language model "
                          "(AutoModelForCausalLM)")
-    if z.shape[:-1] != x.shape:
-        raise ValueError(f"{name} gives logits {tuple(z.shape)} for tokens {tuple(x.shape)}; a "
+    if z.shape[:-1] != y.shape:
+        raise ValueError(f"{name} gives logits {tuple(z.shape)} for tokens {tuple(y.shape)}; a "
                          "causal language model gives one row per token")
     return z
 
@@ -498,14 +499,15 @@ def _check_finite(sums, first):
                              f"{first + bad[0].item()}; its weights are broken, or its dtype is "
                              "too narrow (try bfloat16 or float32)")
 
-def _score(model, dense, x, first):
-    "Checked sums of the windows `x`, the first of which has the number `first`."
-    z = _logits(model, x)
-    ref = None if dense is None else _logits(dense, x).to(z.device)
+def _score(model, dense, x, first, y=None):
+    "Checked sums of the windows `x` or `y`, if `x` is a pair; the first has the number `first`."
+    y = x if y is None else y
+    z = _logits(model, x, y)
+    ref = None if dense is None else _logits(dense, x, y).to(z.device)
     if ref is not None and ref.shape != z.shape:
         raise ValueError(f"the vocabularies differ: {z.shape[-1]} logits, and {ref.shape[-1]} of "
                          "the dense model")
-    sums = window_sums(z, x.to(z.device), ref)
+    sums = window_sums(z, y.to(z.device), ref)
     _check_finite(sums, first)
     return sums
 
@@ -586,3 +588,63 @@ def cosine_similarity(
     error = c.std().item()/len(c)**.5 if len(c) > 1 else None
     return dict(cosine=c.mean().item(), cosine_stderr=error, least_cosine=c.min().item(), n=len(c),
                 window=length)
+
+# %% ../nbs/04c_text.ipynb #04c-c071
+def reads_pairs(
+    model, # any model, or a class
+) -> bool:
+    "Tell whether `model` has an encoder and a decoder that both read tokens."
+    named = getattr(model, 'main_input_name', None) == 'input_ids'
+    return named and 'decoder_input_ids' in inspect.signature(model.forward).parameters
+
+def decoder_start(
+    model:nn.Module, # with an encoder and a decoder
+) -> int: # token
+    "Find the token that the decoder of `model` starts with."
+    start = getattr(model.config, 'decoder_start_token_id', None)
+    if start is None: start = getattr(model.config, 'bos_token_id', None)
+    if start is None:
+        raise ValueError(f"{type(model).__name__} has no decoder_start_token_id in its "
+                         "config.json; add it there")
+    return start
+
+def cut_pair(
+    windows:torch.Tensor, # tokens (m, t)
+    start:int, # token that the decoder starts with
+) -> dict: # input_ids (m, t//2), decoder_input_ids (m, 1 + t - t//2)
+    "Cut each window in two halves, the first for the encoder and the second for the decoder."
+    half = windows.shape[1]//2
+    return dict(input_ids=windows[:,:half], decoder_input_ids=_with_bos(windows[:,half:], start))
+
+class PairBatches(TextBatches):
+    "Batches of windows, each cut in two for an encoder and a decoder, see `cut_pair`."
+    def __iter__(self):
+        start = decoder_start(self.model)
+        for x in super().__iter__(): yield cut_pair(x, start)
+
+# %% ../nbs/04c_text.ipynb #04c-c073
+@torch.no_grad()
+def pair_perplexity(
+    model:nn.Module, # with an encoder and a decoder that gives logits, where it is
+    tokenizer, # of Hugging Face; None for tokens
+    text, # see documents; or tokens (n,), or windows (m, t)
+    length:int|None=None, # tokens of a window, both halves; None takes 2048 or the context
+    dense:nn.Module|None=None, # model to compare with, on the same windows
+    batch_size:int|None=None, # windows at once; None takes 8
+    progress:bool=False, # show a bar on stderr
+    **protocol, # fields of Protocol
+) -> dict: # figures as of perplexity, without bits per byte
+    "Measure the perplexity of the second half of each window of `text`, given the first."
+    how = options(Protocol, protocol, 'pair_perplexity')
+    models = [m for m in (model, dense) if m is not None]
+    windows = _windows(models, tokenizer, text, length, how)
+    start,sums,n = decoder_start(model), [], []
+    with eval_mode(model, dense):
+        batches = [x for part in windows.parts for x in part.split(batch_size or 8)]
+        for x in tqdm(batches, desc='perplexity', disable=not progress, leave=False):
+            pair = cut_pair(x, start)
+            y = pair['decoder_input_ids']
+            sums.append(_score(model, dense, pair, len(n), y))
+            n += [y.shape[1] - 1]*len(x)
+    out = _figures(torch.cat(sums), torch.tensor(n).double(), windows.units, None)
+    return out | dict(window=windows.length)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['NOTE', 'pack_layers', 'checksum', 'check_shards', 'replace_layers', 'UnpackV', 'ShareU', 'Decode', 'FipsConfig',
-           'FipsQuantizer', 'register', 'attach', 'write', 'read', 'save_dense', 'lora_config']
+           'FipsQuantizer', 'register', 'attach', 'write', 'files_beside', 'copy_files', 'read', 'save_dense',
+           'lora_config']
 
 # %% ../nbs/07b_transformers_folders.ipynb #10-003
 import difflib
@@ -12,6 +13,7 @@ import itertools
 import json
 import re
 import shutil
+import warnings
 import zlib
 from contextlib import contextmanager
 from functools import cache
@@ -27,7 +29,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 from . import __version__
 from .grouping import linear_size
-from .schema import Name, conform, parse_json, unique
+from .schema import Name, conform, parse_json, read_json, unique
 from .sparse_factors import FactorLinear, factor_layers, to_dense
 from .pipeline import Compressed
 from .folder_format import FILES, VERSION, LayerGroupEntry, all_finite, bounded_build
@@ -363,6 +365,14 @@ def _check_complete(model, have):
         raise ValueError(f"tensor {gone[0]} is missing")
 
 # %% ../nbs/07b_transformers_folders.ipynb #07b-c033
+def _keep_names(model):
+    "Let tensors have the same names in the file as in `model`, if nothing else is converted."
+    from transformers.core_model_loading import revert_weight_conversion
+    ghosts = {k: torch.empty_like(t, device='meta')
+              for k,t in model.state_dict(keep_vars=True).items()}
+    written = revert_weight_conversion(model, dict(ghosts)).values()
+    if set(map(id, written)) == set(map(id, ghosts.values())): model._weight_conversions = []
+
 def _kept_names(model, names):
     "Those of `names` under which `save_pretrained` writes a tensor as it is."
     from transformers.core_model_loading import revert_weight_conversion
@@ -394,6 +404,9 @@ def _make_room(quantizer, model, checkpoint_files):
             nbytes = sum(Path(p).stat().st_size for p in checkpoint_files)
             check_tables(model, nbytes)
             check_decoded(_coded_shapes(model, coded), nbytes)
+            own = model.state_dict(keep_vars=True)
+            if not any(k in have for k in _written_names(model) if k not in own):
+                _keep_names(model) # an older folder has the names of a plain one
             _check_complete(model, have)
     guards = [f'^{re.escape(n)}\\.weight$' for n in quantizer.linears]
     ignored = model._keys_to_ignore_on_load_unexpected or ()
@@ -462,6 +475,7 @@ def _packed_state(quantizer, model):
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
     if getattr(model, '_hf_peft_config_loaded', False): return None, {} # adapters only
     layers, config = factor_layers(model), quantizer.quantization_config
+    if layers or getattr(model, 'fips_codes', None): _keep_names(model)
     own = remove_tied_weights_from_state_dict(outside(model.state_dict(), layers), model)
     groups = _at_hand(model)
     whole, codes = whole_groups(groups, _codes(model, own, groups))
@@ -522,7 +536,7 @@ def write(
     report:dict|None=None, # stored with it
     dtype:torch.dtype|None=None, # of the factors' values, see attach
     rest:str='16bit', # how everything else is stored, see attach
-    tokenizer=None, # saved beside it
+    tokenizer=None, # tokenizer or processor, saved beside it
     max_shard_size:int|str='50GB', # larger models are split into several files
 ) -> Path: # folder
     "Write `model` to `folder` with its own `save_pretrained`."
@@ -536,6 +550,55 @@ def _write(model, new, tokenizer, max_shard_size):
     model.save_pretrained(new, max_shard_size=max_shard_size)
     if tokenizer is not None: tokenizer.save_pretrained(new)
     for p in new.glob('*.safetensors'): shutil.copymode(new/'config.json', p)
+
+# %% ../nbs/07b_transformers_folders.ipynb #07b-c071
+_PROCESSOR = 'preprocessor_config.json', 'processor_config.json'
+_SENTENCES = 'modules.json', 'config_sentence_transformers.json', 'sentence_bert_config.json'
+_MODULE = re.compile(r'sentence_transformers\.[\w.]*(Transformer|Pooling|Normalize)')
+
+def _found_file(source, name):
+    "The file `name` of a folder or of a model on the hub, or None."
+    from transformers.utils import cached_file
+    missing = dict(_raise_exceptions_for_missing_entries=False,
+                   _raise_exceptions_for_connection_errors=False)
+    path = cached_file(str(source), name, **missing)
+    return path and Path(path)
+
+def _module_files(path):
+    "Files of the modules that `modules.json` lists; None where these are not the known ones."
+    files = []
+    for m in conform(read_json(path), list[dict], path):
+        kind,place = _MODULE.fullmatch(str(m.get('type'))), m.get('path')
+        if not kind: return None
+        known = place == '' or re.fullmatch(r'\d_(Pooling|Normalize)', str(place))
+        if not known or (kind[1] == 'Transformer') != (place == ''): return None
+        if place: files.append(f'{place}/config.json')
+    return files
+
+# %% ../nbs/07b_transformers_folders.ipynb #07b-c072
+def files_beside(
+    source, # folder of a model, or its name on the hub
+) -> dict: # name -> path
+    "Find the small JSON files of processors and of sentence-transformers that lie in `source`."
+    names,modules = list(_PROCESSOR), _found_file(source, 'modules.json')
+    more = _module_files(modules) if modules else []
+    if more is None:
+        warnings.warn(f"modules.json of {source} lists modules with weights or code of their own, "
+                      "which are not kept: sentence_transformers opens no folder made of it")
+    elif modules: names += [*_SENTENCES, *more]
+    found = {name: path for name in names if (path := _found_file(source, name))}
+    for path in found.values(): read_json(path) # refuses what is large, or no JSON
+    return found
+
+def copy_files(
+    files:dict, # from files_beside
+    folder:Path, # where a model was saved
+):
+    "Copy `files` to `folder`; what is there already stays."
+    for name,path in files.items():
+        if (new := folder/name).exists(): continue
+        new.parent.mkdir(exist_ok=True)
+        shutil.copy(path, new)
 
 # %% ../nbs/07b_transformers_folders.ipynb #10-037
 def _class_named(arch, model_type):
@@ -582,8 +645,10 @@ def _as_dense(model):
     layers = factor_layers(model)
     quantizer = model.__dict__.pop('hf_quantizer', None)
     config = model.config.__dict__.pop('quantization_config', None)
+    names = model.__dict__.pop('_weight_conversions', None) # written as a plain model's are
     try: yield to_dense(model)
     finally:
+        if names is not None: model._weight_conversions = names
         for name,f in layers.items(): model.set_submodule(name, f)
         if quantizer is not None: model.hf_quantizer = quantizer
         if config is not None: model.config.quantization_config = config
@@ -600,8 +665,9 @@ def _copy_others(source, new):
     "Copy what the folder `source` holds beside the weights, such as a tokenizer."
     for p in source.iterdir():
         weights = p.suffix == '.safetensors' or 'index' in p.name
-        if FILES.fullmatch(p.name) and not weights and not (new/p.name).exists():
+        if FILES.fullmatch(p.name) and p.is_file() and not weights and not (new/p.name).exists():
             shutil.copy(p, new)
+    copy_files(files_beside(source), new) # what lies in folders of its own
 
 def save_dense(
     source, # folder of a compressed transformers model, or such a model, which stays as it is

@@ -12,7 +12,7 @@ import fips_nb.transformers_folders  # noqa: F401 (registers the format with tra
 from fips_nb import coded_models, commands, pipeline, planner
 from fips_nb.budgets import PRESETS, configure
 from fips_nb.cli import main
-from fips_nb.models import is_text_model
+from fips_nb.models import in_transformers
 from fips_nb.text import enough_windows
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -430,9 +430,9 @@ def test_encoder(lm, tmp_path, capsys):
     ('compress LM/llama --out OUT --calib LM/text.txt --target-ratio 0.8 --budget 0.5',
      'not allowed with'),
     ('compress LM/llama --out OUT --calib LM/text.txt --weights w.safetensors',
-     '--weights is for vision models'),
+     '--weights is for models of timm'),
     ('compress LM/empty --out OUT --calib LM/text.txt', 'no config.json'),
-    ('compress demo-vit --out OUT --window 8', '--window is for language models'),
+    ('compress demo-vit --out OUT --window 8', '--window is for models of text'),
     ('compress LM/llama --out OUT --calib LM/text.txt --target-ratio 0.8 --sparsity 0.9',
      'is what a plan chooses'),
     ('compress LM/llama --out OUT --calib LM/text.txt --plan nowhere.json', 'no plan nowhere.json'),
@@ -457,7 +457,7 @@ def test_encoder(lm, tmp_path, capsys):
     ('plan LM/llama --target-ratio 0.8', '--calib FILE'),
     ('eval LM/llama', '--data FILE'),
     ('eval LM/empty --data LM/text.txt', 'no config.json'),
-    ('eval demo-vit --dense LM/llama', '--dense is for language models'),
+    ('eval demo-vit --dense LM/llama', '--dense is for models of transformers'),
 ])
 def test_bad_input_is_one_line(lm, tmp_path, capsys, words, said):
     words = words.replace('LM', str(lm)).replace('OUT', str(tmp_path / 'x')).split()
@@ -484,8 +484,8 @@ def test_broken_folders(lm, tmp_path, capsys):
         assert status == 2 and said in err and err.count('\n') == 1, (name, err)
 
 
-def test_which_kind(lm, tmp_path):
+def test_which_library(lm, tmp_path):
     for name in ('demo-llm', str(lm / 'llama'), 'meta-llama/Llama-3.2-1B'):
-        assert is_text_model(name)
+        assert in_transformers(name)
     for name in ('demo-vit', 'vit_tiny_patch16_224', str(tmp_path / 'nowhere')):
-        assert not is_text_model(name)
+        assert not in_transformers(name)
