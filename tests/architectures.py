@@ -16,25 +16,43 @@ class Case:
     side: int = 8 # of an image
     said: str = "" # part of the sentence that refuses the MLPs; "" where they work
     attention: bool = True # whether targets='attn' works
-    whole: bool = True # whether the test factorises all modules, or the first two of a large model
+    idle: tuple = () # matrices that no output depends on
+    parts: tuple = () # of timm: module, class and arguments of a smaller model of the same parts
 
     @property
     def library(self): return "transformers" if self.config else "timm"
 
     def make(self):
-        "The model, whose biases and scales are not trivial."
+        "The model, of which nothing is trivial."
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = (_of_transformers if self.config else _of_timm)(self).eval()
-            for p in model.parameters():
-                if p.ndim == 1: p.data.add_(.1*torch.randn_like(p))
-        return model
+            return _stirred((_of_transformers if self.config else _of_timm)(self).eval())
+
+    def small(self):
+        "A smaller model of the same parts, where timm makes only a large one under this name."
+        if not self.parts: return self.make()
+        import timm
+        module, name, args = self.parts
+        module = getattr(timm.models, module)
+        named = {k: [getattr(module, n) for n in v.split()] if isinstance(v, str) else v
+                 for k, v in args.items()} # classes go by their names
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return _stirred(getattr(module, name)(num_classes=5, **named).eval())
 
     def batches(self, n=2, size=2, seed=1):
         "`n` batches of `size` random images or windows of tokens."
         g = torch.Generator().manual_seed(seed)
         if self.config: return list(torch.randint(3, VOCABULARY, (n, size, 24), generator=g))
         return list(torch.randn(n, size, 3, self.side, self.side, generator=g))
+
+
+def _stirred(model):
+    "`model` with noise on everything: heads are zero at first, and layer scales tiny."
+    for p in model.parameters():
+        size = .1 if p.ndim < 2 else .5/(p[0].numel() if p.ndim > 3 else p.shape[-1])**.5
+        p.data.add_(size*torch.randn_like(p))
+    return model
 
 
 def _of_timm(case):
@@ -48,9 +66,12 @@ def _of_transformers(case):
 
 
 VOCABULARY = 96
-VIT = dict(img_size=8, patch_size=4, embed_dim=16, depth=2, num_heads=2)
+VIT = dict(img_size=8, patch_size=4, embed_dim=32, depth=2, num_heads=2)
 SWIN = dict(img_size=16, patch_size=2, window_size=4, embed_dim=8, depths=(2, 2), num_heads=(2, 2))
-FOUR = dict(depths=(1, 1, 1, 1))
+FOUR, WIDTHS = dict(depths=(1, 1, 1, 1)), dict(dims=(8, 8, 16, 16))
+MIXERS = "SepConv SepConv Attention Attention"
+NORMS = "LayerNorm2dNoBias LayerNorm2dNoBias LayerNormNoBias LayerNormNoBias"
+WIDER = FOUR | dict(dims=(32, 32, 64, 64))
 TIMM = [
     Case("vit_tiny_patch16_224", VIT),
     Case("vit_small_patch14_reg4_dinov2", VIT), # register tokens and layer scale
@@ -63,18 +84,22 @@ TIMM = [
     Case("cait_xxs24_224", VIT), # the attention of the class token alone
     Case("swin_tiny_patch4_window7_224", SWIN, side=16), # stages of different widths
     Case("swinv2_tiny_window8_256", SWIN, side=16, attention=False),
-    Case("mixer_s32_224", dict(img_size=64), side=64, attention=False, whole=False),
-    Case("convnext_tiny", FOUR | dict(dims=(8, 8, 16, 16)), side=32, attention=False),
+    Case("mixer_s32_224", dict(img_size=64), side=64, attention=False,
+         parts=("mlp_mixer", "MlpMixer", dict(img_size=64, num_blocks=2, embed_dim=32))),
+    Case("convnext_tiny", FOUR | WIDTHS, side=32, attention=False),
     Case("xcit_nano_12_p16_224", dict(img_size=32, embed_dim=16, depth=2, num_heads=2), side=32),
     Case("pvt_v2_b0", FOUR | dict(embed_dims=(8, 8, 16, 16), num_heads=(1, 1, 2, 2)), side=32,
          attention=False),
-    Case("caformer_s18", side=64, whole=False), # attention in two of four stages
+    Case("caformer_s18", side=64, parts=("metaformer", "MetaFormer", WIDER | dict(
+        token_mixers=MIXERS, norm_layers=NORMS))), # attention in two of four stages
 ]
 NO_MLP = "no MLP blocks"
 REFUSED_TIMM = [
-    Case("convnext_atto", side=32, said=NO_MLP, attention=False), # 1x1 convolutions as MLPs
-    Case("poolformer_s12", side=32, said=NO_MLP, attention=False),
-    Case("resnet18", side=32, said=NO_MLP, attention=False),
+    Case("convnext_atto", FOUR | WIDTHS, side=32, said=NO_MLP, attention=False),
+    Case("poolformer_s12", side=32, said=NO_MLP, attention=False, parts=("metaformer",
+        "MetaFormer", WIDER | dict(downsample_norm=None, mlp_bias=True, use_mlp_head=False))),
+    Case("resnet18", dict(layers=(1, 1, 1, 1), channels=(8, 8, 16, 16)), side=32, said=NO_MLP,
+         attention=False),
     Case("mobilenetv3_small_050", side=32, said=NO_MLP, attention=False),
 ]
 
@@ -103,6 +128,7 @@ def encoder(name, args=ENCODER, **kw):
     return Case(f"{name}Model", args, f"{name}Config", **kw)
 
 
+POOLER = ("pooler.dense.weight",)
 TRANSFORMERS = [
     causal("Llama"), causal("Mistral"), causal("Qwen2"), causal("Qwen3", HEAD),
     causal("Gemma", HEAD), causal("Gemma2", HEAD), causal("Gemma3", HEAD, "Gemma3TextConfig"),
@@ -112,9 +138,10 @@ TRANSFORMERS = [
     causal("OPT", OPT), causal("Olmo2"), causal("SmolLM3", LM | dict(no_rope_layers=[1, 1])),
     causal("Granite"), causal("Starcoder2"), causal("StableLm"), causal("Cohere"),
     causal("Glm4", HEAD),
-    encoder("Bert"), encoder("Roberta", ENCODER | dict(max_position_embeddings=80)),
+    encoder("Bert", idle=POOLER),
+    encoder("Roberta", ENCODER | dict(max_position_embeddings=80), idle=POOLER),
     encoder("DistilBert", DISTIL), encoder("Electra", ENCODER | dict(embedding_size=32)),
-    encoder("ModernBert"), encoder("MPNet"),
+    encoder("ModernBert"), encoder("MPNet", idle=POOLER),
 ]
 EXPERTS = "mixture of experts"
 MOE = HEAD | dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)

@@ -1,9 +1,12 @@
-"""Every architecture that the page lists: what is found in it, exactness, and its folder."""
+"""Every architecture that the page lists: what is found in it, exactness, rounding, its folder."""
+import math
+
 import pytest
 import torch
 
-from architectures import REFUSED, WORK, refusal
+from architectures import LM, REFUSED, WORK, causal, refusal
 from fips_nb import compress, load, save
+from fips_nb.coded_models import code_model, find_parts, stored_bytes
 from fips_nb.budgets import GroupPlan
 from fips_nb.grouping import find_modules, group_modules
 from fips_nb.sparse_factors import factor_layers
@@ -23,7 +26,7 @@ def outputs(model, x):
 def factorised(case, model):
     "`model` with bases of full rank and nothing pruned."
     targets = "all" if case.attention else "mlp"
-    modules = find_modules(model, targets)[:None if case.whole else 2]
+    modules = find_modules(model, targets)[:2 if case.parts else None]
     plans = [GroupPlan(g, g.d, (1.,)*len(g.linears)) for g in group_modules(modules, "all")]
     res = compress(model, case.batches(), plan=plans, targets=targets, **EXACT)
     assert len(factor_layers(res.model)) == sum(len(m.linears) for m in modules)
@@ -51,3 +54,37 @@ def test_attention_that_does_not_work_is_refused(case):
 def test_what_is_refused_is_refused_by_name(case):
     assert case.said in refusal(case)
     assert case.library == "timm" or not case.attention or find_modules(case.make(), "attn")
+
+
+def rounded(case, model, bits, n=2):
+    "`model` with so many bits for each entry that is coded."
+    sizes = {p.name: math.ceil(bits/8*math.prod(p.shape)) for p in find_parts(model)}
+    return code_model(model, case.batches(n), stored_bytes(model, sizes), 0)
+
+
+@pytest.mark.parametrize("case", [*WORK, *REFUSED], ids=lambda c: c.name)
+def test_rounding(case):
+    model, x = case.small(), case.batches()[0]
+    ref, gone = outputs(model, x), case.small()
+    for p in find_parts(gone): gone.get_parameter(p.name).data.zero_()
+    much = (outputs(gone, x) - ref).norm()
+    error = {}
+    for bits in (6, 12):
+        res = rounded(case, model, bits)
+        assert res.model.fips_codes.keys() == {p.name for p in find_parts(model)} - set(case.idle)
+        error[bits] = (outputs(res.model, x) - ref).norm()/much
+    assert 0 < error[6] < .1 and error[12] < .02 and error[12] < error[6]
+
+
+def test_experts_that_are_seen_too_rarely_are_rounded_at_the_mean_cost():
+    case = causal("Mixtral", LM | dict(num_local_experts=5))
+    model, name = case.make(), "model.layers.0.mlp.experts"
+    for gate in (model.model.layers[i].mlp.gate for i in range(2)): # the last is never chosen
+        w = gate.weight.data[0].clone()
+        gate.weight.data.copy_(torch.stack([2*w, -2*w, w, -w, 0*w]))
+    res = rounded(case, model, 6, n=8)
+    note = next(n for n in res.report["notes"] if n.startswith(name))
+    assert "experts 4 (0 rows) read fewer rows of the calibration data than their 32" in note
+    key = f"{name}.gate_up_proj"
+    wrong = (res.model.get_parameter(key) - model.get_parameter(key)).square().mean((1, 2)).sqrt()
+    assert .6 < wrong[4]/wrong[:4].mean() < 1.6 and key in res.model.fips_codes
