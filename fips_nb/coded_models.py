@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
-from .grouping import find_experts
-from .sparse_factors import FactorLinear, factor_layers
+from .grouping import features_last, find_experts
+from .sparse_factors import FactorConv, FactorLinear, factor_layers
 from .statistics import feed
 from .augmentation import augment, augment_notes, augment_seconds, views
 from .rate_distortion import BIT_PRICE, Codes, SPAN, class_numbers, class_range
@@ -121,8 +121,10 @@ class _Sums:
         if isinstance(m, nn.Conv2d):
             X = F.unfold(X, m.kernel_size, m.dilation, m.padding, m.stride).transpose(1, 2)
             G2 = G2.flatten(2).transpose(1, 2)
+        elif isinstance(m, FactorConv): X,G2 = features_last(m, X), features_last(m, G2)
         self.rows(X.flatten(0, -2).float(), G2.flatten(0, -2))
 
+# %% ../nbs/04h_coded_models.ipynb #04h-22l
 def _is_layer(m):
     "Whether what `m` computes is linear in a matrix and its inputs are at hand."
     plain = lambda kind: isinstance(m, kind) and type(m).forward is kind.forward
@@ -131,7 +133,7 @@ def _is_layer(m):
     scaled = isinstance(m, nn.Embedding) and hasattr(m, 'embed_scale')
     return scaled or any(map(plain, _KINDS)) or type(m).__name__ == 'Conv1D'
 
-_KINDS = nn.Linear, nn.Embedding, FactorLinear
+_KINDS = nn.Linear, nn.Embedding, FactorLinear, FactorConv
 
 @torch.no_grad()
 def _seen(model, paths, batch):
@@ -619,7 +621,7 @@ def coding_seconds(
     kinds = nn.Linear, FactorLinear
     layers = {k: m for k,m in model.named_modules() if isinstance(m, kinds)}
     def count(k):
-        def hook(module, args): rows[k] = args[0].shape[:-1].numel()
+        def hook(module, args): rows[k] = features_last(module, args[0]).shape[:-1].numel()
         return hook
     hooks = [m.register_forward_pre_hook(count(k)) for k,m in layers.items()]
     try:
@@ -729,6 +731,15 @@ def expert_notes(
     return notes
 
 
+# %% ../nbs/04h_coded_models.ipynb #04h-06u
+def _complete(model, parts, costs, rows):
+    "Add costs to those that were measured, where parts have none of their own."
+    if not costs:
+        raise ValueError(f"the outputs of this {type(model).__name__} depend on none of its "
+                         "matrices; is its head all zeros?")
+    _lend(model, parts, costs)
+    _even_experts(model, parts, costs, rows)
+
 # %% ../nbs/04h_coded_models.ipynb #04h-062
 @dataclass
 class _Coding:
@@ -753,12 +764,8 @@ class _Coding:
         parts,bars = find_parts(self.dense), self.run.progress
         costs = self.timed('costs', measure_costs, self.dense, self.batches, parts, self.run.seed,
                            progress=bars)
-        if not costs:
-            raise ValueError(f"the outputs of this {type(self.dense).__name__} depend on none of "
-                             "its matrices; is its head all zeros?")
-        _lend(self.dense, parts, costs)
         rows = expert_rows(self.dense, self.batches)
-        _even_experts(self.dense, parts, costs, rows)
+        _complete(self.dense, parts, costs, rows)
         rounder = Rounder(self.dense, parts, costs)
         del costs # the rounder takes them apart
         got = self.timed('rounding', round_to_bytes, rounder, self.nbytes, progress=bars)

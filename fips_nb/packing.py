@@ -121,6 +121,12 @@ def _shared_products(fs):
     shared = {k: SharedProduct(count(k)) for k in set(keys.values()) if count(k) > 1}
     return {n: shared[k] for n,k in keys.items() if k in shared}
 
+def _check_linears(layers):
+    "Refuse what the kernels do not read."
+    if bad := next((n for n,f in layers.items() if f.kind is nn.Conv2d), None):
+        raise ValueError(f"{bad} is a 1x1 convolution, which packed layers do not stand for; "
+                         "run the model as it is, or multiply it out with to_dense")
+
 def pack(
     model:nn.Module, # factorised, in eval mode; changed in place
     choices:str|dict='tiles', # a format for all, layer name -> format, or what optimize returned
@@ -130,6 +136,7 @@ def pack(
     fs = factor_layers(model)
     if not fs:
         raise ValueError(f"this {type(model).__name__} has no factorised layers; compress it first")
+    _check_linears(fs)
     names = choices
     if isinstance(choices, str): names = dict.fromkeys(fs, choices)
     elif 'layers' in choices: names = choices['layers']
@@ -234,6 +241,7 @@ def optimize(
     if prefer not in ('time', 'memory'):
         raise ValueError(f"prefer {prefer!r} is not 'time' or 'memory'")
     if model.training: raise ValueError("the model is in training mode; call model.eval() first")
+    _check_linears(factor_layers(model))
     fs = factor_layers(model).values()
     cold = min(sum(f.in_features*f.out_features*f.V.element_size() for f in fs), _COLD)
     kinds = _seen(model, example_inputs)
