@@ -115,6 +115,7 @@ def pack_layer(
 # %% ../nbs/04a_packing.ipynb #04-038
 def _shared_products(fs):
     "Name of each up layer of `fs` that reads the same input as another -> what they share."
+    _check_linears(fs)
     keys = {n: (n.rpartition('.')[0], id(f.U)) for n,f in fs.items()
             if f.role == 'up' and f.U is not None}
     count = list(keys.values()).count
@@ -136,7 +137,6 @@ def pack(
     fs = factor_layers(model)
     if not fs:
         raise ValueError(f"this {type(model).__name__} has no factorised layers; compress it first")
-    _check_linears(fs)
     names = choices
     if isinstance(choices, str): names = dict.fromkeys(fs, choices)
     elif 'layers' in choices: names = choices['layers']
@@ -182,6 +182,7 @@ def resident_bytes(
 # %% ../nbs/04a_packing.ipynb #04a-c035
 def _seen(model, inputs):
     "Kinds of layers that `inputs` reach: (key, names, one layer, its input, its density)."
+    _check_linears(factor_layers(model))
     kinds = []
     def look(m, args, name):
         x,V = args[0], m.V
@@ -241,7 +242,6 @@ def optimize(
     if prefer not in ('time', 'memory'):
         raise ValueError(f"prefer {prefer!r} is not 'time' or 'memory'")
     if model.training: raise ValueError("the model is in training mode; call model.eval() first")
-    _check_linears(factor_layers(model))
     fs = factor_layers(model).values()
     cold = min(sum(f.in_features*f.out_features*f.V.element_size() for f in fs), _COLD)
     kinds = _seen(model, example_inputs)

@@ -156,7 +156,8 @@ def dense_layer(
     kind:type|None=None, # class of the result; None for the class that was replaced
 ) -> nn.Module: # nn.Linear, a 1x1 nn.Conv2d, or a Conv1D: (in, out), always with a bias
     "Multiply `f` out into a layer of class `kind`."
-    W,b,kind = f.weight.detach(), f.bias, kind or f.kind
+    W,b = f.weight.detach(), f.bias
+    kind = f.kind if f.kind is nn.Conv2d else kind or f.kind
     with torch.device('meta'):
         if kind is nn.Linear: new = nn.Linear(f.in_features, f.out_features, bias=b is not None)
         elif kind is nn.Conv2d: new = kind(f.in_features, f.out_features, 1, bias=b is not None)
