@@ -6,8 +6,8 @@
 __all__ = ['SMALL', 'PLAIN', 'EVEN', 'SOFTEN', 'GUARD', 'SPARE_BYTES', 'SAMPLE', 'REACH', 'FASTEST', 'TRIES', 'EPOCH', 'STEP',
            'LOOKS', 'EPOCHS', 'Part', 'matrix_shape', 'find_parts', 'Cost', 'measure_costs', 'matrix_of', 'Rounder',
            'coded_name', 'file_bytes', 'stored_bytes', 'bits_to_bytes', 'dense_params', 'check_bytes', 'Rounded',
-           'round_to_bytes', 'distill_codes', 'coding_seconds', 'passes', 'coding_ahead', 'layer_rates', 'bits_report',
-           'code_model']
+           'round_to_bytes', 'distill_codes', 'coding_seconds', 'expert_rows', 'expert_notes', 'passes', 'coding_ahead',
+           'layer_rates', 'bits_report', 'code_model']
 
 # %% ../nbs/04h_coded_models.ipynb #04h-004
 import copy, dataclasses, json, math, sys, time, warnings
@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
-from .sparse_factors import FactorLinear, factor_layers
+from .grouping import features_last, find_experts
+from .sparse_factors import FactorConv, FactorLinear, factor_layers
 from .statistics import feed
 from .augmentation import augment, augment_notes, augment_seconds, views
 from .rate_distortion import BIT_PRICE, Codes, SPAN, class_numbers, class_range
@@ -87,11 +88,27 @@ def _together(costs):
     return Cost(C, g, costs[0].turned)
 
 # %% ../nbs/04h_coded_models.ipynb #04h-22l
+_KINDS = nn.Linear, nn.Embedding, FactorLinear, FactorConv
+
 def _is_layer(m):
     "Whether what `m` computes is linear in a matrix and its inputs are at hand."
-    if isinstance(m, nn.Conv2d):
+    plain = lambda kind: isinstance(m, kind) and type(m).forward is kind.forward
+    if plain(nn.Conv2d):
         return m.groups == 1 and m.padding_mode == 'zeros' and not isinstance(m.padding, str)
-    return isinstance(m, (nn.Linear, nn.Embedding, FactorLinear)) or type(m).__name__ == 'Conv1D'
+    scaled = isinstance(m, nn.Embedding) and hasattr(m, 'embed_scale')
+    return scaled or any(map(plain, _KINDS)) or type(m).__name__ == 'Conv1D'
+
+@torch.no_grad()
+def _seen(model, paths, batch):
+    "Those of the layers `paths` that are called; the weights of others are read past them."
+    seen,layers = set(), {k: m for k in paths if _is_layer(m := model.get_submodule(k))}
+    see = lambda k: lambda module, args: seen.add(k)
+    hooks,was = [m.register_forward_pre_hook(see(k)) for k,m in layers.items()], model.training
+    try: feed(model.eval(), batch)
+    finally:
+        for h in hooks: h.remove()
+        model.train(was)
+    return [k for k in layers if k in seen]
 
 def _n_inputs(m):
     "Inputs of a layer, as a matrix."
@@ -131,10 +148,13 @@ class _Sums:
     def add(self, X, G2):
         "Add the inputs and squared gradients of a layer in one batch."
         m = self.module
-        if isinstance(m, nn.Embedding): return self.entries(G2.flatten(0, -2), X.flatten())
+        if isinstance(m, nn.Embedding):
+            scale = float(getattr(m, 'embed_scale', 1)) # of what it puts out, as in Gemma
+            return self.entries(G2.flatten(0, -2)*scale**2, X.flatten())
         if isinstance(m, nn.Conv2d):
             X = F.unfold(X, m.kernel_size, m.dilation, m.padding, m.stride).transpose(1, 2)
             G2 = G2.flatten(2).transpose(1, 2)
+        elif isinstance(m, FactorConv): X,G2 = features_last(m, X), features_last(m, G2)
         self.rows(X.flatten(0, -2).float(), G2.flatten(0, -2))
 
 # %% ../nbs/04h_coded_models.ipynb #04h-023
@@ -148,7 +168,7 @@ class _Feelers:
     def hook(self, sums):
         "A hook that gives gradients to what a layer puts out."
         def see(module, args, out):
-            if not out.requires_grad: out = out.detach().requires_grad_()
+            if not out.requires_grad: out = out.detach().requires_grad_().clone() # no leaf
             X,key = args[0].detach(), len(self.outputs)
             self.outputs.append(out.detach())
             def add(G):
@@ -196,11 +216,13 @@ def _cost(model, part, sums, n):
     costs = []
     for path,name in part.uses:
         m = model.get_submodule(path)
-        s = sums.get(path) if _is_layer(m) else sums.get(part.name)
+        layer = path in sums
+        s = sums[path] if layer else sums.get(part.name)
         if s is None or not s.n > 0: continue
         g = s.g/n
-        cost = Cost(s.C, g + EVEN*g.mean(), type(m).__name__ == 'Conv1D')
-        costs.append(_factor_cost(m, name, cost) if isinstance(m, FactorLinear) else cost)
+        cost = Cost(s.C, g + EVEN*g.mean(), layer and type(m).__name__ == 'Conv1D')
+        factor = layer and isinstance(m, FactorLinear)
+        costs.append(_factor_cost(m, name, cost) if factor else cost)
     return _together(costs) if costs else None
 
 # %% ../nbs/04h_coded_models.ipynb #04h-025
@@ -217,8 +239,9 @@ def measure_costs(
 ) -> dict: # name of the part -> Cost; parts that no output depends on are left out
     "What errors in the parts of `model` cost, in one pass forward and backward over `batches`."
     uses = {u: p for p in parts for u in p.uses}
-    layers = [path for path,_ in uses if _is_layer(model.get_submodule(path))]
-    feelers = _Feelers(model, dict.fromkeys(layers))
+    if not (batches := list(batches)): raise ValueError("there is no calibration data")
+    layers = _seen(model, dict.fromkeys(path for path,_ in uses), batches[0])
+    feelers = _Feelers(model, layers)
     others = {p.name: model.get_parameter(p.name)
               for (path,_),p in uses.items() if path not in layers}
     for name,p in others.items(): feelers.sums[name] = _Sums(None, p)
@@ -235,7 +258,6 @@ def measure_costs(
     finally:
         for h in feelers.hooks: h.remove()
         model.train(was)
-    if not n: raise ValueError("there is no calibration data")
     for s in feelers.sums.values(): s.finish()
     costs = {p.name: _cost(model, p, feelers.sums, n) for p in parts}
     return {k: c for k,c in costs.items() if c is not None}
@@ -634,7 +656,7 @@ def coding_seconds(
     kinds = nn.Linear, FactorLinear
     layers = {k: m for k,m in model.named_modules() if isinstance(m, kinds)}
     def count(k):
-        def hook(module, args): rows[k] = args[0].shape[:-1].numel()
+        def hook(module, args): rows[k] = features_last(module, args[0]).shape[:-1].numel()
         return hook
     hooks = [m.register_forward_pre_hook(count(k)) for k,m in layers.items()]
     try:
@@ -669,10 +691,103 @@ def _lend(model, parts, costs):
         C = torch.diag(full(n, [c.C.diagonal() for c in like]))
         costs[p.name] = Cost(C, full(m, [c.g for c in like]), turned)
 
+# %% ../nbs/04h_coded_models.ipynb #04h-06y
+def _watch(mixture, rows):
+    "Hooks that count in `rows` what each expert of `mixture` reads."
+    def told(module, args, kwargs): # which experts each row goes to; their number stands for none
+        ts = (t for t in (*args, *kwargs.values()) if torch.is_tensor(t))
+        ids = next((t for t in ts if not t.is_floating_point()), torch.empty(0)).long().cpu()
+        rows.add_(torch.bincount(ids.flatten(), minlength=len(rows) + 1)[:len(rows)])
+    def reads(i):
+        def see(module, args): rows[i] += args[0].shape[:-1].numel()
+        return see
+    if isinstance(mixture, nn.ModuleList):
+        return [m.register_forward_pre_hook(reads(i)) for i,m in enumerate(mixture)]
+    return [mixture.register_forward_pre_hook(told, with_kwargs=True)]
+
+@torch.no_grad()
+def expert_rows(
+    model:nn.Module, # dense
+    batches, # of calibration data, see feed
+) -> dict: # name of a mixture of experts -> rows that each expert reads (n,)
+    "How often each expert of `model` is chosen, as far as the mixtures are told."
+    rows = {k: torch.zeros(n, dtype=torch.long) for k,n in find_experts(model).items()}
+    hooks = [h for k,n in rows.items() for h in _watch(model.get_submodule(k), n)]
+    try:
+        for b in batches if rows else (): feed(model, b)
+    finally:
+        for h in hooks: h.remove()
+    return {k: n for k,n in rows.items() if n.any()}
+
+
+# %% ../nbs/04h_coded_models.ipynb #04h-06z
+def _inputs(model, name):
+    "How many inputs an expert of the mixture `name` has."
+    return next(p.shape[-1] for p in model.get_submodule(name).parameters() if p.ndim > 1)
+
+def _even_experts(model, parts, costs, rows):
+    "Give experts that read too few `rows` the mean cost of the others."
+    for name,n in rows.items():
+        often = n >= _inputs(model, name)
+        often = (often if often.any() else n > 0).tolist()
+        for p in parts:
+            if not p.name.startswith(f'{name}.'): continue
+            i,_,last = p.name.removeprefix(f'{name}.').partition('.')
+            if last and not often[int(i)]: # of a list
+                like = [costs.get(f'{name}.{j}.{last}') for j,o in enumerate(often) if o]
+                if like := [c for c in like if c]: costs[p.name] = _mean_cost(like)
+            elif not last and p.name in costs and model.get_parameter(p.name).ndim == 3:
+                c = costs[p.name]
+                g = c.g.view(len(often), -1)
+                seen = torch.tensor(often, device=g.device)[:,None]
+                g = g.where(seen, g[seen[:,0]].mean(0))
+                costs[p.name] = dataclasses.replace(c, g=g.flatten())
+
+def _mean_cost(costs):
+    "The mean of several costs."
+    C,g = (torch.stack([getattr(c, k) for c in costs]).mean(0) for k in ('C', 'g'))
+    return Cost(C, g, costs[0].turned)
+
+def expert_notes(
+    model:nn.Module, # with the mixtures
+    rows:dict, # from expert_rows, under names that end in /chosen
+) -> list: # of sentences without a full stop, one for each mixture with experts seen too rarely
+    "Which experts the calibration data choose too rarely."
+    notes = []
+    for k,n in rows.items():
+        if not k.endswith('/chosen'): continue
+        name = k.removesuffix('/chosen')
+        d = _inputs(model, name)
+        few = [f'{i} ({x} rows)' for i,x in enumerate(n.tolist()) if x < d]
+        more = f' and {len(few) - 8} more' if len(few) > 8 else ''
+        if few:
+            notes.append(f"{name}: experts {', '.join(few[:8])}{more} read fewer rows of the "
+                         f"calibration data than their {d} inputs, and are rounded at the mean "
+                         "cost of the others")
+    return notes
+
+
+# %% ../nbs/04h_coded_models.ipynb #04h-06u
+def _complete(model, parts, costs, rows):
+    "Add costs to those that were measured, where parts have none of their own."
+    if not costs:
+        raise ValueError(f"the outputs of this {type(model).__name__} depend on none of its "
+                         "matrices; is its head all zeros?")
+    _lend(model, parts, costs)
+    _even_experts(model, parts, costs, rows)
+
 # %% ../nbs/04h_coded_models.ipynb #04h-062
 def _wide(model):
     "A copy in float32; a model that is so already is shared."
     return share_tensors(model, wide=True)
+
+_FIELDS = ('codes', 'rows', 'columns')
+
+def _rounded(tensors, nbytes):
+    "What `_Coding.round` has made for a file of `nbytes`."
+    names = sorted(k.rpartition('/')[0] for k in tensors if k.endswith('/codes'))
+    of = lambda k: Codes(*(tensors[f'{k}/{n}'].cpu() for n in _FIELDS))
+    return Rounded({k: of(k) for k in names}, tensors['alpha'].item(), nbytes)
 
 # %% ../nbs/04h_coded_models.ipynb #04h-62j
 @dataclass
@@ -697,18 +812,14 @@ class _Coding:
         parts,bars = find_parts(self.model), self.run.progress
         costs = self.timed('costs', measure_costs, _wide(self.model), self.batches, parts,
                            self.run.seed, progress=bars)
-        _lend(self.model, parts, costs)
+        rows = expert_rows(self.model, self.batches)
+        _complete(self.model, parts, costs, rows)
         rounder = Rounder(self.model, parts, costs)
         del costs # the rounder takes them apart
         got = self.timed('rounding', round_to_bytes, rounder, self.nbytes, progress=bars)
         out = {f'{k}/{n}': getattr(c, n) for k,c in got.codes.items() for n in _FIELDS}
+        out |= {f'{k}/chosen': n for k,n in rows.items()}
         return out | dict(alpha=torch.tensor(got.alpha, dtype=torch.float64))
-
-    def rounded(self, tensors):
-        "What `round` has made."
-        names = sorted(k.rpartition('/')[0] for k in tensors if k.endswith('/codes'))
-        of = lambda k: Codes(*(tensors[f'{k}/{n}'].cpu() for n in _FIELDS))
-        return Rounded({k: of(k) for k in names}, tensors['alpha'].item(), self.nbytes)
 
     def distil(self, start, epochs, state):
         "Distil the rounded model; the model, its codes, and the divergences."
@@ -717,8 +828,6 @@ class _Coding:
         teacher = Teacher(follow, self.batches, kind)
         return student, *distill_codes(student, teacher, start, Distillation(epochs), self.run,
                                        state)
-
-_FIELDS = ('codes', 'rows', 'columns')
 
 # %% ../nbs/04h_coded_models.ipynb #04h-063
 EPOCHS = 6 # passes of distillation, if nobody says; fewer where there are crops
@@ -805,7 +914,8 @@ def code_model(
     job = _Coding(here, follow, batches, nbytes, run)
     with open_state(run.state, depends, batches, run.resume) as state:
         job.batches = job.timed('augmentation', augment, _wide(follow), batches, run.seed)
-        got,losses = job.rounded(state.part('codes', job.round)), None
+        tensors = state.part('codes', job.round)
+        got,losses = _rounded(tensors, nbytes), None
         kept = Progress(state.path('distillation'), state.run)
         if epochs: here,got,losses = job.timed('distillation', job.distil, got, epochs, kept)
     out = got.put(settle(here, model))
@@ -813,7 +923,7 @@ def code_model(
     report = dict(preset='rounding', seed=run.seed, alpha=got.alpha, target_bytes=nbytes,
                   config=dict(targets='all', distill_epochs=epochs, teacher=whom),
                   divergences=losses, **bits_report(out, teacher),
-                  notes=augment_notes(follow, batches) + notes,
+                  notes=augment_notes(follow, batches) + notes + expert_notes(out, tensors),
                   expected_seconds=float(f'{expected:.3g}'),
                   seconds=time.perf_counter() - start, seconds_by_phase=job.seconds,
                   layers=layer_rates(got.codes))

@@ -109,22 +109,32 @@ def distill_blocks(
             cosine.step()
     return losses
 
-# %% ../nbs/03a_distillation.ipynb #03a-c022
-def _main_output(out):
-    "The tensor in an output of transformers; of two towers the embeddings of both, in rows."
-    for k in ('logits', 'last_hidden_state'):
-        if (t := getattr(out, k, None)) is not None: return t
-    return torch.cat([out.image_embeds, out.text_embeds])
+# %% ../nbs/03a_distillation.ipynb #03a-c02m
+def _main(out):
+    "What counts in the output of a model: logits, embeddings or hidden states."
+    if torch.is_tensor(out): return out
+    if isinstance(out, (tuple, list)): return out[0]
+    of = lambda *keys: [x for k in keys if (x := getattr(out, k, None)) is not None]
+    if found := of('logits'): return found[0]
+    if found := of('start_logits', 'end_logits'): return torch.stack(found, 1)
+    if found := of('image_embeds', 'text_embeds'): return torch.cat(found)
+    if found := of('last_hidden_state'): return found[0]
+    raise ValueError(f"a {type(out).__name__} has neither logits, nor embeddings, nor "
+                     "last_hidden_state")
 
+def _out_mask(batch):
+    "The mask of padding in what a model puts out."
+    decodes = isinstance(batch, dict) and 'decoder_input_ids' in batch
+    return padding_mask(batch, 'decoder_attention_mask' if decodes else 'attention_mask')
+
+# %% ../nbs/03a_distillation.ipynb #03a-c022
 def predict(
     model:nn.Module, # any
     batch, # see feed
     device=None, # where it runs; None is where the model is
 ) -> torch.Tensor: # (..., k)
     "Output of `model` for one batch: a tensor, logits, states or embeddings, without padding."
-    out,keep = feed(model, batch, device), padding_mask(batch)
-    if isinstance(out, (tuple, list)): out = out[0]
-    elif not torch.is_tensor(out): out = _main_output(out)
+    out,keep = _main(feed(model, batch, device)), _out_mask(batch)
     return out if keep is None or out.shape[:2] != keep.shape else out[keep.to(out.device)]
 
 # %% ../nbs/03a_distillation.ipynb #03a-c025
@@ -135,7 +145,7 @@ def loss_kind(
     "The divergence that fits what `model` puts out."
     if torch.is_tensor(out) or isinstance(out, (tuple, list)):
         return 'mse' if getattr(model, 'num_classes', 2) in (0, 1) else 'kl'
-    logits = getattr(out, 'logits', None)
+    logits = getattr(out, 'logits', getattr(out, 'start_logits', None))
     return 'mse' if logits is None or logits.shape[-1] <= 1 else 'kl'
 
 def output_loss(

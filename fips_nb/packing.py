@@ -115,11 +115,18 @@ def pack_layer(
 # %% ../nbs/04a_packing.ipynb #04-038
 def _shared_products(fs):
     "Name of each up layer of `fs` that reads the same input as another -> what they share."
+    _check_linears(fs)
     keys = {n: (n.rpartition('.')[0], id(f.U)) for n,f in fs.items()
             if f.role == 'up' and f.U is not None}
     count = list(keys.values()).count
     shared = {k: SharedProduct(count(k)) for k in set(keys.values()) if count(k) > 1}
     return {n: shared[k] for n,k in keys.items() if k in shared}
+
+def _check_linears(layers):
+    "Refuse what the kernels do not read."
+    if bad := next((n for n,f in layers.items() if f.kind is nn.Conv2d), None):
+        raise ValueError(f"{bad} is a 1x1 convolution, which packed layers do not stand for; "
+                         "run the model as it is, or multiply it out with to_dense")
 
 def pack(
     model:nn.Module, # factorised, in eval mode; changed in place
@@ -175,6 +182,7 @@ def resident_bytes(
 # %% ../nbs/04a_packing.ipynb #04a-c035
 def _seen(model, inputs):
     "Kinds of layers that `inputs` reach: (key, names, one layer, its input, its density)."
+    _check_linears(factor_layers(model))
     kinds = []
     def look(m, args, name):
         x,V = args[0], m.V

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 from .svd_init import svd_init
-from .grouping import factor_bytes, find_modules, weights
+from .grouping import factor_bytes, features_last, find_modules, weights
 from .sparse_factors import Schedule, factor_layers, factorize
 from .statistics import calibration_notes, collect_moments, feed, layer_metric
 from .blockwise_opt import Solver, adaptive_ranks, fit_group, fit_svd, group_error
@@ -138,7 +138,7 @@ def _rows_of_example(model, batch, plans):
     rows,net = {}, share_tensors(model)
     linears = [l for p in plans for l in p.group.linears]
     def count(l):
-        def hook(module, args): rows[l] = args[0].shape[:-1].numel()
+        def hook(module, args): rows[l] = features_last(module, args[0]).shape[:-1].numel()
         return hook
     for l in linears: net.get_submodule(l.name).register_forward_pre_hook(count(l))
     with torch.no_grad(): feed(net, _one_example(batch))

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 from .svd_init import regularize
-from .grouping import Group
+from .grouping import Group, features_last
 
 # %% ../nbs/02a_statistics.ipynb #02a-c10
 def feed(
@@ -29,15 +29,25 @@ def feed(
         return x.to(device, dtype if x.is_floating_point() else None)
     cache = 'use_cache' in inspect.signature(model.forward).parameters
     more = dict(use_cache=False) if cache else {}
-    if isinstance(batch, dict): return model(**more | {k: put(v) for k,v in batch.items()})
-    return model(put(batch[0] if isinstance(batch, (tuple, list)) else batch), **more)
+    with _by_layers():
+        if isinstance(batch, dict): return model(**more | {k: put(v) for k,v in batch.items()})
+        return model(put(batch[0] if isinstance(batch, (tuple, list)) else batch), **more)
+
+@contextlib.contextmanager
+def _by_layers():
+    "Let PyTorch's transformers call their layers, which their fused kernels read past."
+    was = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try: yield
+    finally: torch.backends.mha.set_fastpath_enabled(was)
 
 # %% ../nbs/02a_statistics.ipynb #02a-c13
 def padding_mask(
     batch, # see feed
+    key:str='attention_mask', # of the mask in a dict
 ) -> torch.Tensor|None: # bool (b, length), true where a position counts; None if all do
     "Which positions of `batch` are no padding."
-    mask = batch.get('attention_mask') if isinstance(batch, dict) else None
+    mask = batch.get(key) if isinstance(batch, dict) else None
     return None if mask is None or mask.ndim != 2 or mask.all() else mask.bool()
 
 # %% ../nbs/02a_statistics.ipynb #02a-c16
@@ -67,7 +77,7 @@ class _Watch:
         def see(module, args):
             if args[0] is self.last[1]: self.same[name] = self.last[0]
             else:
-                self.add(name, args[0].detach())
+                self.add(name, features_last(module, args[0].detach()))
                 self.last = name, args[0]
             self.left.discard(name)
             if not self.left: raise _Enough

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from . import __version__
-from .sparse_factors import FactorLinear, factor_layers
+from .grouping import linear_size
+from .sparse_factors import factor_class, factor_layers
 from .state import read_meta, write_tensors
 from .folder_format import FORMAT, all_finite, bounded_build, check_claims
 from .folder_format import check_compressed, check_decoded, check_finite
@@ -333,11 +334,11 @@ def _place(model, record, names):
     U = nn.Parameter(empty(record['d'], record['r'])) if record['r'] else None
     for l in record['linears']:
         old, name = model.get_submodule(l['name']), l['name']
-        if not isinstance(old, nn.Linear): raise ValueError(f"{name} is no linear layer")
-        f = FactorLinear(U, empty(*l['shape']), l['role'])
-        if (f.in_features, f.out_features) != (old.in_features, old.out_features):
+        if (size := linear_size(old)) is None: raise ValueError(f"{name} is no linear layer")
+        f = factor_class(old)(U, empty(*l['shape']), l['role'])
+        if (f.in_features, f.out_features) != size:
             raise ValueError(f"{name} is {f.in_features} -> {f.out_features} in the records, and "
-                             f"{old.in_features} -> {old.out_features} in the model")
+                             f"{size[0]} -> {size[1]} in the model")
         # some presets add biases, and a bias may have been removed
         if f'{name}.bias' in names: f.bias = nn.Parameter(empty(f.out_features))
         model.set_submodule(name, f.eval())
@@ -426,8 +427,9 @@ def _fill_group(model, record, U, Vs):
     "Put the factors of one group in place of the linears, or of blank factors."
     basis = None if U is None else nn.Parameter(U)
     for l,V in zip(record['linears'], Vs):
-        bias = model.get_submodule(l['name']).bias
-        model.set_submodule(l['name'], FactorLinear(basis, V, l['role'], bias).eval())
+        old = model.get_submodule(l['name'])
+        new = factor_class(old)(basis, V, l['role'], old.bias)
+        model.set_submodule(l['name'], new.eval())
 
 def group_factors(
     groups:list, # records of groups

@@ -30,7 +30,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from . import __version__
 from .grouping import linear_size
 from .schema import Name, conform, parse_json, read_json, unique
-from .sparse_factors import FactorLinear, factor_layers, to_dense
+from .sparse_factors import FactorLinear, factor_class, factor_layers, to_dense
 from .pipeline import Compressed
 from .folder_format import FILES, VERSION, LayerGroupEntry, all_finite, bounded_build
 from .folder_format import check_claims, check_compressed, check_decoded
@@ -169,8 +169,9 @@ def _blank(old, group, l):
     empty = lambda *shape: torch.empty(shape, dtype=old.weight.dtype, device='meta')
     U = nn.Parameter(empty(group['d'], group['r'])) if group['r'] else None
     width = l['shape'][1] if l['role'] == 'up' else group['d']
-    f = FactorLinear(U, empty(*l['shape']), l['role'], empty(width) if l['bias'] else None)
-    if not isinstance(old, nn.Linear): f.kind = type(old)
+    bias = empty(width) if l['bias'] else None
+    f = factor_class(old)(U, empty(*l['shape']), l['role'], bias)
+    if type(old).__name__ == 'Conv1D': f.kind = type(old)
     if linear_size(old) != (f.in_features, f.out_features):
         raise ValueError(f"{l['name']} is {f.in_features} -> {f.out_features} in the folder, and "
                          f"{type(old).__name__} {linear_size(old)} in this model")
@@ -376,9 +377,24 @@ def _keep_names(model):
 def _kept_names(model, names):
     "Those of `names` under which `save_pretrained` writes a tensor as it is."
     from transformers.core_model_loading import revert_weight_conversion
-    ghosts = {k: torch.empty(0, device='meta') for k in names}
+    ps,none = dict(model.named_parameters()), torch.empty(0)
+    ghosts = {k: torch.empty_like(ps.get(k, none), device='meta') for k in names}
     written = revert_weight_conversion(model, dict(ghosts))
     return [k for k in ghosts if written.get(k) is ghosts[k]]
+
+def _keep_names(model, layers, codes):
+    "Let tensors go by their names in `model` if those of `layers` and `codes` would get others."
+    ours = ('weight', 'bias', 'fips.U', 'fips.V')
+    names = [f'{n}.{k}' for n in layers for k in ours]
+    names += [n for k in codes for n in (k, coded_name(k))]
+    if len(_kept_names(model, names)) < len(names): model._weight_conversions = []
+
+def _coded_shapes(model, coded):
+    "Shapes of the coded parameters that `model` has."
+    shapes, prefix = {k: p.shape for k,p in model.named_parameters()}, f'{model.base_model_prefix}.'
+    names = [n for k in coded for n in (k, k.removeprefix(prefix), prefix + k) if n in shapes]
+    if coded and not names: raise ValueError(f"it has no parameter {coded[0]}, which is coded")
+    return {k: shapes[k] for k in names}
 
 def _guard(model, groups, codes):
     "A tensor without values, on which a transformers that knows nothing of factors stops."
@@ -400,6 +416,7 @@ def _make_room(quantizer, model, checkpoint_files):
     have = check_shards(checkpoint_files, groups, coded) if checkpoint_files else {}
     with refusing(f"the records do not fit a {type(model).__name__}"):
         quantizer.linears, quantizer.bases = replace_layers(model, groups)
+        _keep_names(model, quantizer.linears, _coded_shapes(model, coded))
         if have:
             nbytes = sum(Path(p).stat().st_size for p in checkpoint_files)
             check_tables(model, nbytes)
@@ -413,13 +430,6 @@ def _make_room(quantizer, model, checkpoint_files):
     model._keys_to_ignore_on_load_unexpected = {*ignored, *guards}
     quantizer.expected = {k: (t.shape, t.is_floating_point())
                           for k,t in model.state_dict(keep_vars=True).items()}
-
-def _coded_shapes(model, coded):
-    "Shapes of the coded parameters that `model` has."
-    shapes, prefix = {k: p.shape for k,p in model.named_parameters()}, f'{model.base_model_prefix}.'
-    names = [n for k in coded for n in (k, k.removeprefix(prefix), prefix + k) if n in shapes]
-    if coded and not names: raise ValueError(f"it has no parameter {coded[0]}, which is coded")
-    return {k: shapes[k] for k in names}
 
 def _settled(quantizer, model):
     "Check the shapes, and leave a model of plain parameters."
@@ -475,7 +485,7 @@ def _packed_state(quantizer, model):
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
     if getattr(model, '_hf_peft_config_loaded', False): return None, {} # adapters only
     layers, config = factor_layers(model), quantizer.quantization_config
-    if layers or getattr(model, 'fips_codes', None): _keep_names(model)
+    _keep_names(model, layers, getattr(model, 'fips_codes', ()))
     own = remove_tied_weights_from_state_dict(outside(model.state_dict(), layers), model)
     groups = _at_hand(model)
     whole, codes = whole_groups(groups, _codes(model, own, groups))
