@@ -203,7 +203,8 @@ Trial fits show which blocks should share a basis, and which layer should keep h
 
 def _add_eval(sub):
     "The options of `fips eval`."
-    q = sub.add_parser('eval', help="measure accuracy, perplexity or likeness, and speed", epilog=_DATA + """
+    about = "measure accuracy, perplexity or likeness, and speed"
+    q = sub.add_parser('eval', help=about, epilog=_DATA + """
   fips eval small --data validation/
   fips eval small --data validation/ --weights w.safetensors    beside the dense model
   fips eval vit_tiny_patch16_224 --data validation/ --weights w.safetensors
@@ -213,8 +214,8 @@ An encoder, which has neither classes nor next tokens, is compared with --dense 
     q.add_argument('model', metavar='DIR|MODEL', help=f"{_FOLDER}, or a MODEL as it takes")
     _option(q, '--data', "images, with labels or captions, or text (the demos have their own, held out from "
             "training and calibration)", metavar='PATH')
-    _option(q, '--dense', "the dense model of transformers to stand beside; of a timm model --weights "
-            "says which", metavar='MODEL')
+    _option(q, '--dense', "the dense model of transformers to stand beside; of a timm model "
+            "--weights says which", metavar='MODEL')
     _run_options(q, EvaluateOptions.batch_size)
 
 # %% ../nbs/09a_cli.ipynb #11-n06

@@ -815,7 +815,7 @@ def _measured_on(opened, data, o):
     return batches, how
 
 def _example(opened, n):
-    "An input of `n` images, of `n` tokens of one text or of each of its halves, or of `n` captions."
+    "An input of `n` images or captions, or of `n` tokens of one text or of each of its halves."
     import torch
     from fips_nb.images import processor_size
     from fips_nb.text import context_length, cut_pair, decoder_start

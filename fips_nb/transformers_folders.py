@@ -421,6 +421,7 @@ def _coded_shapes(model, coded):
     if coded and not names: raise ValueError(f"it has no parameter {coded[0]}, which is coded")
     return {k: shapes[k] for k in names}
 
+# %% ../nbs/07b_transformers_folders.ipynb #07b-c075
 def _settled(quantizer, model):
     "Check the shapes, and leave a model of plain parameters."
     for k,t in model.state_dict(keep_vars=True).items():
