@@ -940,7 +940,8 @@ def _to_time(name, budget, sparsity):
         if budget is not None or sparsity is not None:
             raise ValueError(f"{name} is compressed already; leave out --budget and --sparsity")
         sees = not ours and not _of_text(kind) # the size of an image is that of its processor
-        return Opened(name, hub.load(name), kind, open_processor(name, kind) if sees else None), None
+        processor = open_processor(name, kind) if sees else None
+        return Opened(name, hub.load(name), kind, processor), None
     opened,budget = Opened(name, new_model(name), kind) if ours else open_any(name), budget or .5
     random_factors(opened.model, budget, group_size=4, sparsity=sparsity)
     return opened, budget
