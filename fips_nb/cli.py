@@ -203,7 +203,8 @@ Trial fits show which blocks should share a basis, and which layer should keep h
 
 def _add_eval(sub):
     "The options of `fips eval`."
-    q = sub.add_parser('eval', help="measure accuracy, perplexity or likeness, and speed", epilog=_DATA + """
+    about = "measure accuracy, perplexity or likeness, and speed"
+    q = sub.add_parser('eval', help=about, epilog=_DATA + """
   fips eval small --data validation/
   fips eval small --data validation/ --weights w.safetensors    beside the dense model
   fips eval vit_tiny_patch16_224 --data validation/ --weights w.safetensors
@@ -211,10 +212,10 @@ def _add_eval(sub):
 
 An encoder, which has neither classes nor next tokens, is compared with --dense alone.""")
     q.add_argument('model', metavar='DIR|MODEL', help=f"{_FOLDER}, or a MODEL as it takes")
-    _option(q, '--data', "images, with labels or captions, or text (the demos have their own, held out from "
-            "training and calibration)", metavar='PATH')
-    _option(q, '--dense', "the dense model of transformers to stand beside; of a timm model --weights "
-            "says which", metavar='MODEL')
+    _option(q, '--data', "images, with labels or captions, or text (the demos have their own, held "
+            "out from training and calibration)", metavar='PATH')
+    _option(q, '--dense', "the dense model of transformers to stand beside; of a timm model "
+            "--weights says which", metavar='MODEL')
     _run_options(q, EvaluateOptions.batch_size)
 
 # %% ../nbs/09a_cli.ipynb #11-n06
@@ -241,8 +242,8 @@ coded. The times are those of this machine, as busy as it is now; OMP_NUM_THREAD
 threads.""")
     q.add_argument('model', metavar='DIR|MODEL', help=f"{_FOLDER}, or a MODEL as it takes (whose "
                    "weights do not count)")
-    _option(q, '--batch', "images, captions, or tokens of a text, to be fast for at once (default 1)",
-            type=_batches, metavar='N,N')
+    _option(q, '--batch', "images, captions, or tokens of a text, to be fast for at once "
+            "(default 1)", type=_batches, metavar='N,N')
     _option(q, '--budget', "of a MODEL: share of the MLPs' parameters to keep (default 0.5); a DIR "
             "has its own", type=float, metavar='P')
     _option(q, '--sparsity', "of a MODEL: share of zeros in the projections (default: follows from "
@@ -258,7 +259,8 @@ def _add_export(sub):
     q = sub.add_parser('export', help="multiply the factors out into plain weights", epilog="""
   fips export small --out dense
 
-A model of transformers becomes a folder that transformers, converters and servers read without fips_nb.
+A model of transformers becomes a folder that transformers, converters and servers read without
+fips_nb.
 A timm model becomes DIR/model.safetensors, which timm.create_model(..., checkpoint_path=...)
 reads. Either is as large as the model was before.""")
     q.add_argument('model', metavar='DIR', help=_FOLDER)

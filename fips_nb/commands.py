@@ -819,7 +819,7 @@ def _measured_on(opened, data, o):
     return batches, how
 
 def _example(opened, n):
-    "An input of `n` images, of `n` tokens of one text or of each of its halves, or of `n` captions."
+    "An input of `n` images or captions, or of `n` tokens of one text or of each of its halves."
     import torch
     from fips_nb.images import processor_size
     from fips_nb.text import context_length, cut_pair, decoder_start
@@ -942,7 +942,8 @@ def _to_time(name, budget, sparsity):
         if budget is not None or sparsity is not None:
             raise ValueError(f"{name} is compressed already; leave out --budget and --sparsity")
         sees = not ours and not _of_text(kind) # the size of an image is that of its processor
-        return Opened(name, hub.load(name), kind, open_processor(name, kind) if sees else None), None
+        processor = open_processor(name, kind) if sees else None
+        return Opened(name, hub.load(name), kind, processor), None
     opened,budget = Opened(name, new_model(name), kind) if ours else open_any(name), budget or .5
     random_factors(opened.model, budget, group_size=4, sparsity=sparsity)
     return opened, budget

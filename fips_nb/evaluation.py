@@ -69,6 +69,7 @@ def _text_measure(model, kind, dense, tokenizer):
         raise ValueError("text needs the model's tokenizer; pass tokenizer=, or a tensor of tokens")
     return cosine_similarity if _is_encoder(model) else perplexity
 
+# %% ../nbs/04e_evaluation.ipynb #04e-c064
 def has_classes(
     model:nn.Module, # any model
 ) -> bool:

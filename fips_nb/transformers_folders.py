@@ -366,14 +366,6 @@ def _check_complete(model, have):
         raise ValueError(f"tensor {gone[0]} is missing")
 
 # %% ../nbs/07b_transformers_folders.ipynb #07b-c033
-def _keep_names(model):
-    "Let tensors have the same names in the file as in `model`, if nothing else is converted."
-    from transformers.core_model_loading import revert_weight_conversion
-    ghosts = {k: torch.empty_like(t, device='meta')
-              for k,t in model.state_dict(keep_vars=True).items()}
-    written = revert_weight_conversion(model, dict(ghosts)).values()
-    if set(map(id, written)) == set(map(id, ghosts.values())): model._weight_conversions = []
-
 def _kept_names(model, names):
     "Those of `names` under which `save_pretrained` writes a tensor as it is."
     from transformers.core_model_loading import revert_weight_conversion
@@ -421,9 +413,6 @@ def _make_room(quantizer, model, checkpoint_files):
             nbytes = sum(Path(p).stat().st_size for p in checkpoint_files)
             check_tables(model, nbytes)
             check_decoded(_coded_shapes(model, coded), nbytes)
-            own = model.state_dict(keep_vars=True)
-            if not any(k in have for k in _written_names(model) if k not in own):
-                _keep_names(model) # an older folder has the names of a plain one
             _check_complete(model, have)
     guards = [f'^{re.escape(n)}\\.weight$' for n in quantizer.linears]
     ignored = model._keys_to_ignore_on_load_unexpected or ()
@@ -431,6 +420,7 @@ def _make_room(quantizer, model, checkpoint_files):
     quantizer.expected = {k: (t.shape, t.is_floating_point())
                           for k,t in model.state_dict(keep_vars=True).items()}
 
+# %% ../nbs/07b_transformers_folders.ipynb #07b-c075
 def _settled(quantizer, model):
     "Check the shapes, and leave a model of plain parameters."
     for k,t in model.state_dict(keep_vars=True).items():
