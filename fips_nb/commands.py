@@ -519,7 +519,7 @@ def _run_pipeline(request, o, how, state):
                              resume=o.resume, progress=o.progress, **how, **_settings(request, o))
 
 # %% ../nbs/09_commands.ipynb #09-c086
-def _save(request, o, res, out, plan):
+def _save(request, o, res, out):
     "Write the folder; the report that lies in it."
     from fips_nb import hub
     from fips_nb.state import read_run
@@ -528,9 +528,6 @@ def _save(request, o, res, out, plan):
     source |= {k: None if (v := getattr(o, k)) is None else named(v) for k in ('weights', 'calib')}
     run = read_run(state_folder(out)).run
     report = res.report | dict(source=source, run=run, request=_mark(request.name, o))
-    if hasattr(plan, 'about'):
-        report['plan'] = {k: plan.about[k] for k in
-                          ('count', 'budget', 'divergence', 'predicted', 'trials')}
     options = dict(arch='demo-vit') if request.name == 'demo-vit' else {}
     processor = request.processor if o.processor is None else o.processor
     if processor is not None: options['tokenizer'] = processor
@@ -763,7 +760,7 @@ def compress(
         request = _open_request(model, o, cfg.targets if cfg else 'all')
         if done is None: res = _make(request, o, cfg, plan, state, clock)
         else: res = _as_saved(request, out, o, done)
-        if out is not None and done is None: res.report = _save(request, o, res, out, plan)
+        if out is not None and done is None: res.report = _save(request, o, res, out)
         if out is not None: _clear(state)
     clock.lap('save')
     return Compressed(res.model, res.report | _summary(request, out, res.report) | clock.report())
@@ -778,6 +775,8 @@ def _as_saved(request, out, o, report):
     request.n,request.unit = (report['source'].get(k) for k in ('n_calib', 'unit'))
     own = read_config(out)['arch'] is None
     return Compressed(hub.load(out, **dict(model=request.model) if own else {}), report)
+
+_TOLD = ('count', 'budget', 'divergence', 'predicted', 'trials') # of a plan, in the report
 
 def _make(request, o, cfg, plan, state, clock):
     "Read the data, plan, and compress."
@@ -799,6 +798,7 @@ def _make(request, o, cfg, plan, state, clock):
         if o.max_minutes: o = _factors_within(request, o, cfg, how, clock)
         if o.tell: o.tell(*_forecast(request, o, how))
         res = _run_pipeline(request, o, {k: v for k,v in how.items() if v is not None}, state)
+        if hasattr(p := how['plan'], 'about'): res.report['plan'] = {k: p.about[k] for k in _TOLD}
     clock.add(res.report['seconds_by_phase'])
     return res if o is asked else _noted(res, _chosen(asked, o))
 

@@ -87,7 +87,7 @@ def refused(result, *words, status=2):
 def test_compress_says_what_was_written(demo_out):
     out, said = demo_out
     assert said["out"] == str(out)
-    assert sorted(p.name for p in out.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in out.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     assert not Path(f"{out}.state").exists()
     assert said["bytes"] == (out/"model.safetensors").stat().st_size
     assert said["dense_bytes"] == dense_bytes(demo_vit()) > said["dense_bytes_16"] > said["bytes"]
@@ -417,7 +417,7 @@ def test_overwrite_replaces_a_model(fips):
     before = json.loads(fips("info", "there", "--json")[1])
     assert fips(*words, "--budget", ".3", "--overwrite")[0] == 0
     assert json.loads(fips("info", "there", "--json")[1])["bytes"] < before["bytes"]
-    assert len(list(Path("there").iterdir())) == 2
+    assert len(list(Path("there").iterdir())) == 3
 
 
 def stop_at(monkeypatch, n, error):
@@ -466,12 +466,18 @@ def test_a_stopped_run_resumes_bit_for_bit(fips, whole, monkeypatch, error, stat
     assert got.keys() == whole.keys() and all(torch.equal(got[k], whole[k]) for k in whole)
 
 
-def test_without_resume_an_old_state_counts_for_nothing(fips, monkeypatch):
+def test_an_interrupted_run_is_dropped_only_when_asked(fips, monkeypatch):
     words = ["compress", "demo-vit", "--out", "x", "--preset", "svd", *QUICK]
     with monkeypatch.context() as m:
         stop_at(m, 5, KeyboardInterrupt())
         assert fips(*words)[0] == 130
     Path("x.state/notes.txt").write_text("mine")
+    held = sorted(p.name for p in Path("x.state").iterdir())
+    for other in ([], ["--seed", "1"]):
+        status, _, err = fips(*words, *other)
+        assert status == 2 and "holds an interrupted run" in err and "--resume" in err and "--overwrite" in err
+    assert sorted(p.name for p in Path("x.state").iterdir()) == held
+    words.append("--overwrite")
     with monkeypatch.context() as m:
         stop_at(m, 40, RuntimeError("boom"))
         assert "RuntimeError: boom" in fips(*words)[2]  # all forty are fitted anew
