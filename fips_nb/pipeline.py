@@ -6,14 +6,15 @@
 __all__ = ['SVD', 'OVERHEAD', 'WHAT', 'LEVELS_NEEDED', 'Run', 'read_settings', 'check_model', 'check_stream', 'choose_plans',
            'count_rows', 'machine_rate', 'measured_rate', 'expected_operations', 'expected_seconds',
            'limit_distillation', 'Job', 'start_job', 'measure', 'GroupFactors', 'fit_plan', 'fit', 'adapt_ranks',
-           'put_in', 'fit_all', 'distil', 'round_factors', 'size_report', 'Compressed', 'report_of', 'compress',
-           'look_ahead', 'blocks_of', 'stored_dtype']
+           'put_in', 'fit_all', 'distil', 'round_factors', 'size_report', 'facts_table', 'Compressed', 'report_of',
+           'compress', 'look_ahead', 'blocks_of', 'stored_dtype']
 
 # %% ../nbs/03e_pipeline.ipynb #03e-003
 import contextlib
 import dataclasses
 import math
 import operator
+import re
 import sys
 import time
 import warnings
@@ -496,9 +497,46 @@ def size_report(
                 model_params=rest + kept, model_ratio=(rest + kept)/(rest + dense),
                 mlp_bytes=nbytes, mlp_dense_bytes=2*dense)
 
-# %% ../nbs/03e_pipeline.ipynb #03e-057
+# %% ../nbs/03e_pipeline.ipynb #03e-56a
+def facts_table(
+    head:str, # what the facts are about
+    facts:dict, # name -> text
+    notes:list=(), # sentences, listed below
+) -> str: # Markdown
+    "Show `facts` as a table of two columns, with everything escaped."
+    plain = lambda x: re.sub(r'([\\`*_\[\]<>|#$&])', r'\\\1', ' '.join(str(x).split()))
+    rows = [f'| {plain(k)} | {plain(v)} |' for k,v in facts.items()]
+    lines = [f'| {plain(head)} | |', '|:--|:--|', *rows]
+    return '\n'.join([*lines, *['']*bool(notes), *(f'- {plain(n)}' for n in notes)])
+
+# %% ../nbs/03e_pipeline.ipynb #03e-56d
 WHAT = dict(mlp='MLP', attn='attention', all='MLP and attention') # what targets names
 
+def _shares(r):
+    "Which shares of the parameters are left."
+    return {f"{WHAT[r['config']['targets']]} parameters kept": f"{100*r['mlp_budget']:.1f} %",
+            'model parameters kept': f"{100*r['model_ratio']:.1f} %"}
+
+def _sizes(r):
+    "Sizes of a file of codes, or of factors."
+    size,dense = (r['coded_bytes'], 2*r['model_params']) if 'bits' in r else (
+        r['mlp_bytes'], r['mlp_dense_bytes'])
+    whose = 'file' if 'bits' in r else WHAT[r['config']['targets']]
+    bits = {'bits per parameter': f"{r['bits']:.3f}"} if 'bits' in r else {}
+    return bits | {f'{whose} bytes': f'{size:,}', 'dense in 16 bits': f'{dense:,}',
+                   'share of dense': f'{100*size/dense:.1f} %'}
+
+def _facts(r):
+    "What a report says in a few lines, name -> text."
+    shares,losses = r.get('factors', {}) if 'bits' in r else r, r.get('divergences') or [0.]
+    out = (_shares(shares) if shares else {}) | _sizes(r)
+    if losses[0] > 0: # nothing was kept out otherwise
+        out['divergence before distillation'] = f'{losses[0]:.3g}'
+        out['divergence after it'] = f'{min(x for x in losses if not math.isnan(x)):.3g}'
+    return out | {'seconds expected': f"{r['expected_seconds']:,.1f}",
+                  'seconds taken': f"{r['seconds']:,.1f}"}
+
+# %% ../nbs/03e_pipeline.ipynb #03e-057
 @dataclass
 class Compressed:
     "A compressed `model` and the `report` of how it was made."
@@ -515,6 +553,9 @@ class Compressed:
                 f"{100*r['model_ratio']:.1f} % of the model's, {what} bytes "
                 f"{100*r['mlp_bytes']/r['mlp_dense_bytes']:.1f} % of 16-bit dense, "
                 f"{r['seconds']:.0f} s")
+
+    def _repr_markdown_(self):
+        return facts_table(self.report['preset'], _facts(self.report), self.report['notes'])
 
 def report_of(
     job:Job, # finished

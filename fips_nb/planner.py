@@ -27,7 +27,7 @@ from .disk import replacing
 from .schema import Name, Positive, Size, conform, read_json, unique
 from .state import digest
 from .streaming import Visit, block_names, share_tensors
-from .pipeline import Run, compress
+from .pipeline import Run, compress, facts_table
 
 # %% ../nbs/03f_planner.ipynb #03f-c009
 def _counter(count):
@@ -233,14 +233,21 @@ class Plan:
             raise ValueError("the plan was made for another model: names and shapes agree, the "
                              "weights do not; plan again for these weights")
 
-    def __repr__(self):
+    def _facts(self):
         a,ranks = self.about, sorted({x.rank for x in self.groups})
         qs = [q for x in self.groups for q in x.densities]
         moved = 'not measured' if a['divergence'] is None else f"{a['divergence']:.4f}"
-        return (f"{len(self.groups)} groups, ranks {', '.join(map(str, ranks))}, "
-                f"densities {min(qs):.3f} to {max(qs):.3f}, "
-                f"{100*a['size']/a['dense_size']:.1f} % of the {a['count']}, "
-                f"divergence {moved}, {a['levels']} levels")
+        return dict(groups=len(self.groups), ranks=', '.join(map(str, ranks)),
+                    densities=f'{min(qs):.3f} to {max(qs):.3f}',
+                    kept=f"{100*a['size']/a['dense_size']:.1f} % of the {a['count']}",
+                    divergence=moved, levels=a['levels'])
+
+    def __repr__(self):
+        return ("{groups} groups, ranks {ranks}, densities {densities}, {kept}, divergence "
+                "{divergence}, {levels} levels").format(**self._facts())
+
+    def _repr_markdown_(self):
+        return facts_table('plan', self._facts())
 
 # %% ../nbs/03f_planner.ipynb #03f-c035
 LEVELS = (60, 30, 15, 8, 4) # of pruning, of which a final fit takes the most that are affordable
