@@ -719,7 +719,6 @@ def expert_rows(
         for h in hooks: h.remove()
     return {k: n for k,n in rows.items() if n.any()}
 
-
 # %% ../nbs/04h_coded_models.ipynb #04h-06z
 def _inputs(model, name):
     "How many inputs an expert of the mixture `name` has."
@@ -729,34 +728,33 @@ def _even_experts(model, parts, costs, rows):
     "Give experts that read too few `rows` the mean cost of the others."
     for name,n in rows.items():
         often = n >= _inputs(model, name)
-        often = (often if often.any() else n > 0).tolist()
-        for p in parts:
-            if not p.name.startswith(f'{name}.'): continue
-            i,_,last = p.name.removeprefix(f'{name}.').partition('.')
-            if last and not often[int(i)]: # of a list
-                like = [costs.get(f'{name}.{j}.{last}') for j,o in enumerate(often) if o]
-                if like := [c for c in like if c]: costs[p.name] = _mean_cost(like)
-            elif not last and p.name in costs and model.get_parameter(p.name).ndim == 3:
-                c = costs[p.name]
-                g = c.g.view(len(often), -1)
-                seen = torch.tensor(often, device=g.device)[:,None]
-                g = g.where(seen, g[seen[:,0]].mean(0))
-                costs[p.name] = dataclasses.replace(c, g=g.flatten())
+        often = often if often.any() else n > 0
+        listed = isinstance(model.get_submodule(name), nn.ModuleList)
+        for k in [p.name for p in parts if p.name.startswith(f'{name}.')]:
+            if listed: _even_listed(costs, name, k.removeprefix(f'{name}.'), often)
+            elif k in costs and model.get_parameter(k).ndim == 3: costs[k] = _even(costs[k], often)
 
-def _mean_cost(costs):
-    "The mean of several costs."
-    C,g = (torch.stack([getattr(c, k) for c in costs]).mean(0) for k in ('C', 'g'))
-    return Cost(C, g, costs[0].turned)
+def _even(cost, often):
+    "The cost of stacked experts, with the mean of those that read `often` for the others."
+    g,often = cost.g.view(len(often), -1), often.to(cost.g.device)
+    return dataclasses.replace(cost, g=g.where(often[:,None], g[often].mean(0)).flatten())
+
+def _even_listed(costs, name, key, often):
+    "The same for one parameter of a list of experts, such as `3.up.weight`."
+    i,_,last = key.partition('.')
+    others = often.nonzero().flatten().tolist()
+    like = [c for j in others if (c := costs.get(f'{name}.{j}.{last}'))]
+    if often[int(i)] or not like: return
+    C,g = (torch.stack([getattr(c, k) for c in like]).mean(0) for k in ('C', 'g'))
+    costs[f'{name}.{key}'] = Cost(C, g, like[0].turned)
 
 def expert_notes(
     model:nn.Module, # with the mixtures
-    rows:dict, # from expert_rows, under names that end in /chosen
+    rows:dict, # from expert_rows
 ) -> list: # of sentences without a full stop, one for each mixture with experts seen too rarely
     "Which experts the calibration data choose too rarely."
     notes = []
-    for k,n in rows.items():
-        if not k.endswith('/chosen'): continue
-        name = k.removesuffix('/chosen')
+    for name,n in rows.items():
         d = _inputs(model, name)
         few = [f'{i} ({x} rows)' for i,x in enumerate(n.tolist()) if x < d]
         more = f' and {len(few) - 8} more' if len(few) > 8 else ''
@@ -765,7 +763,6 @@ def expert_notes(
                          f"calibration data than their {d} inputs, and are rounded at the mean "
                          "cost of the others")
     return notes
-
 
 # %% ../nbs/04h_coded_models.ipynb #04h-06u
 def _complete(model, parts, costs, rows):
@@ -788,6 +785,10 @@ def _rounded(tensors, nbytes):
     names = sorted(k.rpartition('/')[0] for k in tensors if k.endswith('/codes'))
     of = lambda k: Codes(*(tensors[f'{k}/{n}'].cpu() for n in _FIELDS))
     return Rounded({k: of(k) for k in names}, tensors['alpha'].item(), nbytes)
+
+def _chosen(tensors):
+    "Rows that experts read, likewise."
+    return {k.removesuffix('/chosen'): n for k,n in tensors.items() if k.endswith('/chosen')}
 
 # %% ../nbs/04h_coded_models.ipynb #04h-62j
 @dataclass
@@ -920,11 +921,11 @@ def code_model(
         if epochs: here,got,losses = job.timed('distillation', job.distil, got, epochs, kept)
     out = got.put(settle(here, model))
     out.fips_codes = {k: encode(c) for k,c in got.codes.items()}
+    notes = [*augment_notes(follow, batches), *notes, *expert_notes(out, _chosen(tensors))]
     report = dict(preset='rounding', seed=run.seed, alpha=got.alpha, target_bytes=nbytes,
                   config=dict(targets='all', distill_epochs=epochs, teacher=whom),
                   divergences=losses, **bits_report(out, teacher),
-                  notes=augment_notes(follow, batches) + notes + expert_notes(out, tensors),
-                  expected_seconds=float(f'{expected:.3g}'),
+                  notes=notes, expected_seconds=float(f'{expected:.3g}'),
                   seconds=time.perf_counter() - start, seconds_by_phase=job.seconds,
                   layers=layer_rates(got.codes))
     return Compressed(out, report)

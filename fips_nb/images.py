@@ -243,8 +243,8 @@ _FORMATS = ('JPEG', 'PNG', 'BMP', 'WEBP', 'TIFF', 'GIF', 'PPM') # others may sta
 def _decode(transform, item):
     "The tensor of one item, or the error that kept it from being read."
     try:
-        image = item.read() if isinstance(item, _Row) else Image.open(item, 'r', _FORMATS)
-        return transform(image)
+        if isinstance(item, _Row): return transform(item.read())
+        with Image.open(item, 'r', _FORMATS) as image: return transform(image)
     except _UNREADABLE as e: return e
 
 def _refuse_many(bad, n_seen, n_items):

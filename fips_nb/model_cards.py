@@ -66,7 +66,7 @@ def _factors(report):
     targets = _part(report, 'config').get('targets')
     what = _WHAT.get(targets if isinstance(targets, str) else '', 'linears')
     budget,kept = _number(report, 'budget'), _number(report, 'mlp_budget')
-    asked = f', asked to keep {budget:.4g} of their parameters' if budget is not None else ''
+    asked = f', asked to keep {100*budget:.4g} % of their parameters' if budget is not None else ''
     got = f'; {100*kept:.1f} % were kept' if kept is not None else ''
     return (f"The linears of its {what} were replaced by bases that several layers share and "
             f"sparse projections (preset {code_span(report.get('preset'))}{asked}){got}.")
@@ -88,8 +88,9 @@ def _loss(report, library):
     said = 'The report has no loss against the dense model on data that were held out.'
     if any(seen): # without batches that are held out they are zeros
         said = (f"On batches that were held out of the calibration data, the divergence from the "
-                f"dense outputs was {seen[0]:.4f} nats for each prediction before distillation and "
-                f"{min(seen):.4f} after it. These batches are like the calibration data; on other "
+                f"dense outputs was {seen[0]:.4f} before distillation and {min(seen):.4f} after it: "
+                "nats for each prediction, or for outputs that are no logits the mean squared "
+                "error over their mean square. These batches are like the calibration data; on other "
                 "data the model may lose more.")
     how = ('`fips eval` measures the model on your data.' if library else
            'Measure the module on your own data.')

@@ -519,16 +519,16 @@ def _shares(r):
 
 def _sizes(r):
     "Sizes of a file of codes, or of factors."
-    size,dense = (r['coded_bytes'], 2*r['model_params']) if 'bits' in r else (
+    size,dense = (r['coded_bytes'], 2*r['model_params']) if 'coded_bytes' in r else (
         r['mlp_bytes'], r['mlp_dense_bytes'])
-    whose = 'file' if 'bits' in r else WHAT[r['config']['targets']]
-    bits = {'bits per parameter': f"{r['bits']:.3f}"} if 'bits' in r else {}
+    whose = 'file' if 'coded_bytes' in r else WHAT[r['config']['targets']]
+    bits = {'bits per parameter': f"{r['bits']:.3f}"} if 'coded_bytes' in r else {}
     return bits | {f'{whose} bytes': f'{size:,}', 'dense in 16 bits': f'{dense:,}',
                    'share of dense': f'{100*size/dense:.1f} %'}
 
 def _facts(r):
     "What a report says in a few lines, name -> text."
-    shares,losses = r.get('factors', {}) if 'bits' in r else r, r.get('divergences') or [0.]
+    shares,losses = r.get('factors', {}) if 'coded_bytes' in r else r, r.get('divergences') or [0.]
     out = (_shares(shares) if shares else {}) | _sizes(r)
     if losses[0] > 0: # nothing was kept out otherwise
         out['divergence before distillation'] = f'{losses[0]:.3g}'

@@ -366,20 +366,15 @@ def _check_complete(model, have):
         raise ValueError(f"tensor {gone[0]} is missing")
 
 # %% ../nbs/07b_transformers_folders.ipynb #07b-c033
-def _kept_names(model, names):
-    "Those of `names` under which `save_pretrained` writes a tensor as it is."
+def _keep_names(model, layers, codes):
+    "Let tensors go by their names in `model` if those of `layers` and `codes` would get others."
     from transformers.core_model_loading import revert_weight_conversion
+    names = [f'{n}.{k}' for n in layers for k in ('weight', 'bias', 'fips.U', 'fips.V')]
+    names += [n for k in codes for n in (k, coded_name(k))]
     ps,none = dict(model.named_parameters()), torch.empty(0)
     ghosts = {k: torch.empty_like(ps.get(k, none), device='meta') for k in names}
     written = revert_weight_conversion(model, dict(ghosts))
-    return [k for k in ghosts if written.get(k) is ghosts[k]]
-
-def _keep_names(model, layers, codes):
-    "Let tensors go by their names in `model` if those of `layers` and `codes` would get others."
-    ours = ('weight', 'bias', 'fips.U', 'fips.V')
-    names = [f'{n}.{k}' for n in layers for k in ours]
-    names += [n for k in codes for n in (k, coded_name(k))]
-    if len(_kept_names(model, names)) < len(names): model._weight_conversions = []
+    if any(written.get(k) is not t for k,t in ghosts.items()): model._weight_conversions = []
 
 def _coded_shapes(model, coded):
     "Shapes of the coded parameters that `model` has."
@@ -388,18 +383,15 @@ def _coded_shapes(model, coded):
     if coded and not names: raise ValueError(f"it has no parameter {coded[0]}, which is coded")
     return {k: shapes[k] for k in names}
 
-def _guard(model, groups, codes):
+def _guard(groups, codes):
     "A tensor without values, on which a transformers that knows nothing of factors stops."
-    names = [*(f'{name}.weight' for g in groups for name in g), *codes]
-    same = sorted(_kept_names(model, names))
-    return {k: torch.empty(0, dtype=torch.float16) for k in same[:1]}
+    first = min([*(f'{name}.weight' for g in groups for name in g), *codes])
+    return {first: torch.empty(0, dtype=torch.float16)}
 
 def _codes(model, state, groups):
     "The codes that can stand for factors and for tensors of `state` in the file."
     factors = {k for g in groups for k in factor_names(g)}
-    codes = {k: data for k,data in codes_of(model).items() if k in state or k in factors}
-    kept = set(_kept_names(model, [*codes, *map(coded_name, codes)]))
-    return {k: data for k,data in codes.items() if {k, coded_name(k)} <= kept}
+    return {k: data for k,data in codes_of(model).items() if k in state or k in factors}
 
 # %% ../nbs/07b_transformers_folders.ipynb #07b-c016
 def _make_room(quantizer, model, checkpoint_files):
@@ -492,7 +484,7 @@ def _packed_state(quantizer, model):
     config.coded = list(codes)
     config.fips_nb, config.version = __version__, version_of(config.groups)
     model.config.quantization_config = config
-    state = rest | packed | _guard(model, groups, codes)
+    state = rest | packed | _guard(groups, codes)
     check_decoded({k: model.get_parameter(k).shape for k in codes},
                   sum(t.nbytes for t in state.values()))
     return state, {'fips': json.dumps(_checksums(model, state))}

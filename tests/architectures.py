@@ -108,7 +108,7 @@ SWIN = dict(img_size=16, patch_size=2, window_size=4, embed_dim=8, depths=(2, 2)
 FOUR, WIDTHS = dict(depths=(1, 1, 1, 1)), dict(dims=(8, 8, 16, 16))
 MIXERS = "SepConv SepConv Attention Attention"
 NORMS = "LayerNorm2dNoBias LayerNorm2dNoBias LayerNormNoBias LayerNormNoBias"
-WIDER = FOUR | dict(dims=(32, 32, 64, 64))
+WIDER = FOUR | dict(dims=(16, 16, 32, 32))
 TIMM = [
     Case("vit_tiny_patch16_224", VIT),
     Case("vit_small_patch14_reg4_dinov2", VIT), # register tokens and layer scale
@@ -183,11 +183,11 @@ TRANSFORMERS = [
 ]
 BODY = dict(hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4)
 SEEN = BODY | dict(image_size=8, patch_size=4)
-BARTS = dict(vocab_size=VOCABULARY, d_model=32, encoder_layers=2, decoder_layers=2,
+BARTS = dict(vocab_size=VOCABULARY, d_model=32, encoder_layers=1, decoder_layers=1,
              encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=80,
              decoder_ffn_dim=80, max_position_embeddings=64, pad_token_id=0, bos_token_id=1,
              eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=2)
-T5S = dict(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=80, num_layers=2, num_heads=4,
+T5S = dict(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=80, num_layers=1, num_heads=4,
            decoder_start_token_id=0)
 HEARD = BARTS | dict(num_mel_bins=16, max_source_positions=24, max_target_positions=32,
                      suppress_tokens=None, begin_suppress_tokens=None)
