@@ -1,6 +1,6 @@
 __version__ = "0.1.0"
 
-_HOME = dict(compress="pipeline", save="hub", load="hub", evaluate="evaluation", code_model="coded_models",
+_HOME = dict(compress="commands", save="hub", load="hub", evaluate="evaluation", code_model="coded_models",
              hold_as="coded_memory")
 __all__ = [*_HOME]
 

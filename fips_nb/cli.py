@@ -16,6 +16,8 @@ import os
 import shlex
 import sys
 import textwrap
+import threading
+import time
 import traceback
 import warnings
 from . import __version__
@@ -146,6 +148,8 @@ def _fit_options(q):
             "(the demos have their own)", metavar='PATH')
     _option(q, '--n-calib', "images, spread over the classes (default 1000, or what there is), or "
             "windows of text (default: as many as pay)", type=int, metavar='N')
+    _option(q, '--max-minutes', "that it may take: levels and passes of distillation follow",
+            type=float, metavar='M')
     _option(q, '--stream', "keep the weights off the device but for one block at a time, for "
             "models that do not fit (compress: with --distill-epochs 0)", action='store_true')
     _option(q, '--seed', "of everything random (default 0)", type=int, metavar='N')
@@ -185,7 +189,8 @@ A run that is interrupted leaves DIR.state; the same command with --resume goes 
     _option(q, '--keep-float32', "keep 32 bits for everything outside the factors, which is "
             "otherwise rounded to 16", action='store_true')
     _option(q, '--resume', "go on with an interrupted run of the same command", action='store_true')
-    _option(q, '--overwrite', "replace a compressed model in DIR", action='store_true')
+    _option(q, '--overwrite', "replace a compressed model in DIR, and drop an interrupted run",
+            action='store_true')
     _fit_options(q)
 
 # %% ../nbs/09a_cli.ipynb #09a-c017
@@ -326,7 +331,34 @@ def _arguments(a):
 
 def _bars(): return sys.stderr.isatty()
 
-def _tell(line): print(f'fips: {line}', file=sys.stderr)
+class _News(threading.Thread):
+    "Prints news, and where there are no bars each minute how much time has passed."
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.start_time,self.seconds,self.done = time.monotonic(), None, threading.Event()
+
+    def tell(self, line, seconds=None):
+        "Print a line of news; `seconds` are what it promises."
+        if seconds: self.start_time,self.seconds = time.monotonic(), seconds
+        print(f'fips: {line}', file=sys.stderr, flush=True)
+
+    def passed(self):
+        "How much time has passed, of how much."
+        took = commands.duration(now := time.monotonic() - self.start_time)
+        if not self.seconds: return f'{took} so far'
+        about = commands.duration(self.seconds)
+        return f'{took} of about {about}' if now < self.seconds else f'{took} instead of {about}'
+
+    def run(self):
+        while not self.done.wait(60): self.tell(self.passed())
+
+    def __enter__(self):
+        if not _bars(): self.start()
+        return self
+
+    def __exit__(self, *_): self.done.set()
+
+_LONG = ('layers', 'config', 'source', 'run', 'request') # of a report, what stays in the folder
 
 # %% ../nbs/09a_cli.ipynb #09a-c028
 def _columns(rows):
@@ -421,7 +453,9 @@ def _compress_text(o):
 
 def _compress(a):
     "Run `fips compress`; the result and its report."
-    o = commands.compress(**_arguments(a), progress=_bars(), tell=_tell)
+    with _News() as news:
+        made = commands.compress(**_arguments(a), progress=_bars(), tell=news.tell).report
+    o = {k: v for k,v in made.items() if k not in _LONG}
     return o, _compress_text(o)
 
 # %% ../nbs/09a_cli.ipynb #09a-c035
@@ -529,7 +563,7 @@ def _plan_text(o, every):
 
 def _plan(a):
     "Run `fips plan`; the result and its report."
-    o = commands.plan(**_arguments(a), progress=_bars(), tell=_tell)
+    with _News() as news: o = commands.plan(**_arguments(a), progress=_bars(), tell=news.tell)
     return o, _plan_text(o, a.layers)
 
 # %% ../nbs/09a_cli.ipynb #11-n03
@@ -621,7 +655,7 @@ def _compare_text(o):
 
 def _compare(a):
     "Run `fips compare`; the result and its report."
-    o = compare(**_arguments(a), progress=_bars(), tell=_tell)
+    with _News() as news: o = compare(**_arguments(a), progress=_bars(), tell=news.tell)
     return o, _compare_text(o)
 
 

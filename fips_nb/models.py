@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['one_line', 'check_name', 'new_model', 'read_weights', 'load_weights', 'open_model', 'in_transformers', 'kind_of',
-           'Processor', 'open_processor', 'Opened', 'open_any', 'Reading', 'image_batches', 'text_batches',
-           'caption_batches', 'read_batches']
+           'Processor', 'open_processor', 'Opened', 'open_any', 'wrap_module', 'Reading', 'image_batches',
+           'text_batches', 'caption_batches', 'read_batches']
 
 # %% ../nbs/08a_models.ipynb #11-003
 import dataclasses
@@ -299,6 +299,23 @@ def open_any(
     processor = open_processor(name, kind)
     if Path(name).is_dir(): _check_shards(name)
     return Opened(name, _from_transformers(name), kind, processor)
+
+# %% ../nbs/08a_models.ipynb #08a-c06x
+def wrap_module(
+    model, # torch module
+    processor=None, # its tokenizer or image processor, or both in one, to read files with
+) -> Opened:
+    "Take a model that is at hand as if it had been opened."
+    from fips_nb.hub import is_transformers
+    def part(name, sign): # of a processor that has several, or the processor itself
+        return getattr(processor, name, processor if hasattr(processor, sign) else None)
+    parts = Processor(None, part('tokenizer', 'convert_ids_to_tokens'),
+                      part('image_processor', 'image_mean'))
+    kind,name = 'images' if parts.tokenizer is None else 'text', type(model).__name__
+    if is_transformers(model):
+        try: kind = _kind_of_class(type(model), name)
+        except ValueError: kind = 'batches' # of dicts, which nobody has to read
+    return Opened(name, model, kind, None if processor is None else parts)
 
 # %% ../nbs/08a_models.ipynb #08a-c043
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SVD', 'OVERHEAD', 'WHAT', 'LEVELS_NEEDED', 'Run', 'read_settings', 'check_model', 'check_stream', 'choose_plans',
-           'count_rows', 'measured_rate', 'expected_operations', 'expected_seconds', 'limit_distillation', 'Job',
-           'start_job', 'measure', 'GroupFactors', 'fit_plan', 'fit', 'adapt_ranks', 'put_in', 'fit_all', 'distil',
-           'round_factors', 'size_report', 'Compressed', 'report_of', 'compress', 'look_ahead', 'blocks_of',
-           'stored_dtype']
+           'count_rows', 'machine_rate', 'measured_rate', 'expected_operations', 'expected_seconds',
+           'limit_distillation', 'Job', 'start_job', 'measure', 'GroupFactors', 'fit_plan', 'fit', 'adapt_ranks',
+           'put_in', 'fit_all', 'distil', 'round_factors', 'size_report', 'Compressed', 'report_of', 'compress',
+           'look_ahead', 'blocks_of', 'stored_dtype']
 
 # %% ../nbs/03e_pipeline.ipynb #03e-003
 import contextlib
@@ -157,15 +157,14 @@ def count_rows(
     each = x.numel() if not x.is_floating_point() else len(x)*_rows_of_example(model, first, plans)
     return round(n*each), n
 
-# %% ../nbs/03e_pipeline.ipynb #03e-021
-def measured_rate(
-    plans:list, # of GroupPlan; the largest says the shape
+# %% ../nbs/03e_pipeline.ipynb #03e-21m
+def machine_rate(
     device=None, # where to measure; None is the CPU
+    r:int=256, # rows and columns of the first matrix
+    h:int=1024, # columns of the second
     seconds:float=.2, # how long
 ) -> float: # multiplications and additions per second
-    "How fast this machine multiplies matrices of the solver's shape."
-    p = max(plans, key=lambda p: p.rows*p.group.H)
-    r,h = max(256, p.rows), max(256, *(l.h for l in p.group.linears))
+    "How fast this machine multiplies two matrices."
     A,B = (torch.full((r, n), .01, device=device) for n in (r, h)) # draws no random numbers
     total = lambda: (A@B)[0, 0].item() # waits for the product
     total()
@@ -174,6 +173,17 @@ def measured_rate(
         total()
         n += 1
     return 2.*r*r*h*n/took
+
+# %% ../nbs/03e_pipeline.ipynb #03e-021
+def measured_rate(
+    plans:list, # of GroupPlan; the largest says the shape
+    device=None, # where to measure; None is the CPU
+    seconds:float=.2, # how long
+) -> float: # multiplications and additions per second
+    "How fast this machine multiplies matrices of the solver's shape."
+    p = max(plans, key=lambda p: p.rows*p.group.H)
+    h = max(256, *(l.h for l in p.group.linears))
+    return machine_rate(device, max(256, p.rows), h, seconds)
 
 def expected_operations(
     model:nn.Module, # dense model
@@ -497,7 +507,7 @@ class Compressed:
 
     def __repr__(self):
         r = self.report
-        if 'bits' in r:
+        if 'coded_bytes' in r:
             return (f"{r['preset']}: {r['bits']:.3f} bits per parameter, {r['coded_bytes']:,} "
                     f"bytes, {r['seconds']:.0f} s")
         what = WHAT[r['config']['targets']]

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from architectures import LM, REFUSED, TORCH, WORK, causal, refusal
-from fips_nb import compress, load, save
+from fips_nb import load, save
 from fips_nb.coded_models import code_model, find_parts, stored_bytes
 from fips_nb.budgets import GroupPlan
 from fips_nb.distillation import predict
+from fips_nb.pipeline import compress
 from fips_nb.grouping import find_modules, group_modules
 from fips_nb.sparse_factors import factor_layers
 

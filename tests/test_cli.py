@@ -215,14 +215,14 @@ def test_the_rest_is_rounded_unless_it_is_kept(fips):
 def test_python_and_the_command_line_agree(fips):
     "One function behind both: the same names, the same defaults, the same weights."
     fips("compress", "demo-vit", "--out", "a", "--preset", "svd", "--n-calib", "100")
-    said = commands.compress("demo-vit", "b", preset="svd", n_calib=100)
+    said = commands.compress("demo-vit", out="b", preset="svd", n_calib=100).report
     a, b = load_file("a/model.safetensors"), load_file("b/model.safetensors")
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert json.loads(json.dumps(said)) == said
     for kind in (commands.CompressOptions, commands.FitOptions, commands.EvaluateOptions):
         assert dataclasses.is_dataclass(kind) and kind.__dataclass_params__.frozen
     with pytest.raises(ValueError, match="nearest are n_calib"):
-        commands.compress("demo-vit", "c", ncalib=100)
+        commands.compress("demo-vit", out="c", ncalib=100)
 
 
 def test_presets_of_help_are_those_of_the_package(fips):

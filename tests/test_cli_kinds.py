@@ -172,12 +172,13 @@ def test_compare(name, home, tmp_path, capsys):
 def test_nothing_that_was_read_is_drawn_anew(name, home, tmp_path, capsys):
     "transformers initialises the weights of an MLP by their names, and that of a pruned linear is V itself."
     words = ['--preset', 'pruning', '--levels', 2, '--distill-epochs', 0, '--calib', data(home, name)]
+    if name == 't5': words += ['--window', 32]
     status, _, err = fips(capsys, 'compress', home / name, '--out', tmp_path / 'x', *words, '--n-calib', 12)
     assert status == 0, err
     a, b = (hub.load(tmp_path / 'x').state_dict() for _ in range(2))
     assert all(torch.equal(a[k], b[k]) for k in a)
-    assert .4 < sum((v != 0).float().mean().item() for k, v in a.items() if k.endswith('.V')) / sum(
-        k.endswith('.V') for k in a) < .6
+    pruned = [v for k, v in a.items() if k.endswith('.V')]
+    assert pruned and all((v == 0).float().mean() > .3 for v in pruned) # what is drawn has no zeros
 
 
 @pytest.mark.parametrize('name', ['vit', 'dinov2', 't5', 'clip', 'siglip'])

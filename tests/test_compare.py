@@ -49,7 +49,7 @@ def test_a_share_of_the_parameters(fips):
     assert [r["setting"] for r in said["rows"]] == [PRUNED, "svd-llm"] == names("kept")
     assert names(".") == ["kept", "p.svg"] and Path("p.svg").read_text().startswith("<?xml")
     assert (said["budget"], said["bits"], said["measure"]) == (.3, None, "accuracy")
-    alone = commands.compress("demo-vit", "alone", preset="svd-llm", budget=.3, n_calib=40)
+    alone = commands.compress("demo-vit", out="alone", preset="svd-llm", budget=.3, n_calib=40).report
     ev = commands.evaluate("alone")
     row = said["rows"][1]
     assert (row["bytes"], row["bits"]) == (alone["bytes"], alone["bits"])

@@ -106,7 +106,7 @@ def test_import_is_light():
 
 def test_first_import():
     got = python("from fips_nb import compress, load, save, evaluate; print(compress.__module__, save.__module__)")
-    assert got.split() == ["fips_nb.pipeline", "fips_nb.hub"]
+    assert got.split() == ["fips_nb.commands", "fips_nb.hub"]
     assert "no attribute 'kompress'" in python("import fips_nb\ntry: fips_nb.kompress\nexcept AttributeError as e: print(e)")
 
 
