@@ -195,8 +195,9 @@ def _draw(axes, rows, unit):
             left.text(0, i, ' not made', va='center')
             continue
         ends = [[abs(x - r['loss'])] for x in r['interval'] or [r['loss']]*2]
-        left.errorbar(r['loss'], i, xerr=ends, fmt='o', capsize=3, color='C1' if r['best'] else 'C0')
-        right.barh(i, r['bytes']/1000, height=.5, color='C1' if r['best'] else 'C0')
+        color = 'C1' if r['best'] else 'C0'
+        left.errorbar(r['loss'], i, xerr=ends, fmt='o', capsize=3, color=color)
+        right.barh(i, r['bytes']/1000, height=.5, color=color)
     left.set_yticks(range(len(rows)), [r['setting'] for r in rows])
     left.set_ylim(len(rows) - .5, -.5)
     left.set_xlabel(f'loss against dense ({unit})')
