@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOG', 'DEFAULT', 'ROUNDING', 'AUTO', 'AUTO_BITS', 'KEPT_OUT', 'FitOptions', 'CompressOptions', 'make_options',
-           'state_folder', 'Request', 'duration', 'compress', 'plan', 'EvaluateOptions', 'latency', 'evaluate',
-           'plot_layers', 'info', 'bench', 'export']
+           'state_folder', 'Request', 'duration', 'compress', 'plan', 'EvaluateOptions', 'latency', 'check_measured',
+           'evaluate', 'measure', 'check_picture', 'plot_layers', 'info', 'bench', 'export']
 
 # %% ../nbs/09_commands.ipynb #09-c004
 import dataclasses
@@ -918,8 +918,14 @@ def _bytes_of(name, config, model):
 # %% ../nbs/09_commands.ipynb #09-c129
 _DEMOS = {'demo-vit': 'demo digits, held out', 'demo-llm': 'demo text, held out'}
 
-def _check_measured(name, kind, config, data, o):
-    "Refuse what cannot be measured, before a model is opened; what it is measured on."
+def check_measured(
+    name:str, # of a model or a folder
+    kind:str, # of the model, see kind_of
+    config:dict|None, # of a compressed folder; None for a dense model
+    data:str|Path|None, # see evaluate
+    o:EvaluateOptions,
+) -> str: # what the data are called
+    "Refuse what cannot be measured, before a model is opened."
     _check_kind(name, kind, o)
     ours = not in_transformers(name) # of timm
     if ours and o.dense:
@@ -986,10 +992,10 @@ def evaluate(
     "Measure a model, beside the dense one where that is at hand."
     o,kind = make_options(EvaluateOptions, options), kind_of(model)
     config = _folder_config(model)
-    where,device = _check_measured(model, kind, config, data, o), _device(o.device)
+    where,device = check_measured(model, kind, config, data, o), _device(o.device)
     opened,dense,beside = _pair(model, config, o)
     _check_alone(opened, dense)
-    res,nets = _measure(opened, dense, data, o, device), [opened.model, dense]
+    res,nets = measure(opened, dense, data, o), [opened.model, dense]
     ms = _milliseconds(opened, nets[:1 + (dense is not None)], o)
     moved = {k.removeprefix('dense_'): res.pop(k) for k in list(res) if k.startswith('dense_')}
     name = type(opened.model).__name__ if in_transformers(model) else beside or model
@@ -998,11 +1004,16 @@ def evaluate(
     if dense is None: return out
     return out | dict(dense=dict(model=beside, **moved, **ms[1], **_dense_bytes(dense)))
 
-def _measure(opened, dense, data, o, device):
-    "The name of the measure that suits a model, and its figures."
+def measure(
+    opened:Opened, # model to measure
+    dense, # model to stand beside, or None
+    data:str|Path|None, # see evaluate
+    o:EvaluateOptions,
+) -> dict: # the name of the measure, and its figures
+    "Measure an open model by what suits it."
     from fips_nb import evaluation
     given,how = _measured_on(opened, data, o)
-    res = evaluation.evaluate(opened.model, given, dense, device=device, **how)
+    res = evaluation.evaluate(opened.model, given, dense, device=_device(o.device), **how)
     names = dict(top1='accuracy', perplexity='perplexity', cosine='cosine_similarity')
     return dict(measure=next(v for k,v in names.items() if k in res)) | res
 
@@ -1017,7 +1028,9 @@ def _milliseconds(opened, models, o):
 # %% ../nbs/09_commands.ipynb #09-c1d0
 _PICTURES = ('.png', '.svg', '.pdf')
 
-def _check_picture(path):
+def check_picture(
+    path:str|Path, # of the picture
+):
     "Refuse a place that a picture cannot be written to, before any work."
     path = Path(path).absolute()
     if path.suffix.lower() not in _PICTURES:
@@ -1066,7 +1079,7 @@ def info(
     from fips_nb.model_cards import dense_params
     path = Path(model)
     if not path.is_dir(): raise ValueError(f"there is no folder {path}; `fips compress` makes one")
-    if plot: _check_picture(plot)
+    if plot: check_picture(plot)
     config = read_config(path)
     report,size = config.get('report') or {}, folder_bytes(path)
     factors = (report.get('factors') or {}).get('layers') if plot else None

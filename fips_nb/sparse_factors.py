@@ -68,6 +68,8 @@ class _Factors(nn.Module):
         return f'{self.in_features} -> {self.out_features}, {rank}{density}'
 
 # %% ../nbs/02_sparse_factors.ipynb #02-007
+_LOADED = '_is_hf_initialized' # how transformers marks what it must not draw anew
+
 class FactorLinear(_Factors):
     "A linear layer `x W.T + bias` whose oriented weight is `W = U V`; without `U` it is `V`."
     def __init__(self,
@@ -83,7 +85,9 @@ class FactorLinear(_Factors):
     def weight(self) -> torch.Tensor:
         "The weight as PyTorch stores it (out, in), multiplied out."
         with torch.autocast(self.V.device.type, enabled=False):
-            return orient(self.V if self.U is None else self.U@self.V, self.role)
+            W = orient(self.V if self.U is None else self.U@self.V, self.role)
+        if hasattr(self.V, _LOADED): setattr(W, _LOADED, True)
+        return W
 
     def forward(self, x):
         U,V,d,h = self.U, self.V, self.d, self.V.shape[1]

@@ -244,7 +244,7 @@ def test_help_is_quick_and_light():
     assert res.stderr.count("\n") == 1 and not res.stdout
 
 
-@pytest.mark.parametrize("command", ["compress", "plan", "eval", "info", "bench", "export"])
+@pytest.mark.parametrize("command", ["compress", "plan", "eval", "compare", "info", "bench", "export"])
 def test_every_command_has_help_with_examples(fips, command):
     status, out, _ = fips(command, "--help")
     assert status == 0 and f"fips {command} " in out and "--json" in out

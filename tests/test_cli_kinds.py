@@ -147,6 +147,40 @@ def test_compress_eval_load_export(name, home, tmp_path, capsys):
     assert fips(capsys, *again, '--preset', 'svd')[0] == 0 and not list(tmp_path.glob('.small*'))
 
 
+@pytest.mark.parametrize('name', ['vit', 'dinov2', 't5', 'clip', 'sentences'])
+def test_compare(name, home, tmp_path, capsys):
+    "Every kind has its measure, and the figures are those of eval on the folders that are kept."
+    where, fit = data(home, name), tmp_path / data(home, name).name
+    (shutil.copytree if where.is_dir() else shutil.copy)(where, fit)
+    words = ['svd-llm', 'pruning:levels=2,distill_epochs=0', '--budget', .5, '--calib', fit, '--data', where,
+             '--n-calib', 12, '--window', 32]
+    if KINDS[name] in ('images', 'captions'): words = words[:-2]
+    status, o, err = fips(capsys, 'compare', home / name, *words, '--keep', tmp_path / 'kept', '--json')
+    assert status == 0, err
+    key = 'top1' if name == 'vit' else 'perplexity' if name == 't5' else 'cosine'
+    for r in o['rows']:
+        ev = fips(capsys, 'eval', tmp_path / 'kept' / r['setting'], '--data', where, *words[10:],
+                  '--dense', home / name, '--json')[1]
+        assert ev['measure'] == o['measure'] and r['value'] == pytest.approx(ev[key], abs=1e-6)
+        if key == 'cosine': assert r['loss'] == pytest.approx(1 - ev[key], abs=1e-6) and r['divergence'] is None
+    assert sum(r['best'] for r in o['rows']) == 1
+    status, text, _ = fips(capsys, 'compare', home / name, *words)
+    assert status == 0 and f"{key.replace('top1', 'top-1')} of {o['dense']:.4f}" in ' '.join(text.split())
+
+
+@pytest.mark.parametrize('name', ['t5', 'clip'])
+def test_nothing_that_was_read_is_drawn_anew(name, home, tmp_path, capsys):
+    "transformers initialises the weights of an MLP by their names, and that of a pruned linear is V itself."
+    words = ['--preset', 'pruning', '--levels', 2, '--distill-epochs', 0, '--calib', data(home, name)]
+    if name == 't5': words += ['--window', 32]
+    status, _, err = fips(capsys, 'compress', home / name, '--out', tmp_path / 'x', *words, '--n-calib', 12)
+    assert status == 0, err
+    a, b = (hub.load(tmp_path / 'x').state_dict() for _ in range(2))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    pruned = [v for k, v in a.items() if k.endswith('.V')]
+    assert pruned and all((v == 0).float().mean() > .3 for v in pruned) # what is drawn has no zeros
+
+
 @pytest.mark.parametrize('name', ['vit', 'dinov2', 't5', 'clip', 'siglip'])
 def test_bits_and_bench(name, home, tmp_path, capsys):
     where, out = data(home, name), tmp_path / 'coded'

@@ -25,9 +25,8 @@ def default_exp(path):
 
 
 def order(path):
-    "What a notebook's file name says of its place, as `03a`; None for a page."
-    m = re.match(r"(\d+[a-z]?)_", path.name)
-    return m[1] if m else None
+    "A notebook's place, its name: by number, then letter, then word; None for a page."
+    return path.stem if re.match(r"\d+[a-z]?_", path.name) else None
 
 
 def outputs(path):
