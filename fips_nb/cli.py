@@ -358,8 +358,6 @@ class _News(threading.Thread):
 
     def __exit__(self, *_): self.done.set()
 
-_LONG = ('layers', 'config', 'source', 'run', 'request') # of a report, what stays in the folder
-
 # %% ../nbs/09a_cli.ipynb #09a-c028
 def _columns(rows):
     "Rows of texts as aligned lines: names to the left, figures to the right."
@@ -450,6 +448,8 @@ def _compress_text(o):
     lines = [f"{o['model']} was compressed by {o['preset']} into {o['out']}.", '', *_columns(rows),
              '', *(line for text in said for line in _sentences(text))]
     return '\n'.join(lines)
+
+_LONG = ('layers', 'config', 'source', 'run', 'request') # of a report, what stays in the folder
 
 def _compress(a):
     "Run `fips compress`; the result and its report."

@@ -923,7 +923,7 @@ def check_measured(
     kind:str, # of the model, see kind_of
     config:dict|None, # of a compressed folder; None for a dense model
     data:str|Path|None, # see evaluate
-    o:EvaluateOptions,
+    o:EvaluateOptions, # how it will be measured
 ) -> str: # what the data are called
     "Refuse what cannot be measured, before a model is opened."
     _check_kind(name, kind, o)
@@ -1008,7 +1008,7 @@ def measure(
     opened:Opened, # model to measure
     dense, # model to stand beside, or None
     data:str|Path|None, # see evaluate
-    o:EvaluateOptions,
+    o:EvaluateOptions, # how to measure
 ) -> dict: # the name of the measure, and its figures
     "Measure an open model by what suits it."
     from fips_nb import evaluation
