@@ -242,8 +242,10 @@ def measure_costs(
     if not (batches := list(batches)): raise ValueError("there is no calibration data")
     layers = _seen(model, dict.fromkeys(path for path,_ in uses), batches[0])
     feelers = _Feelers(model, layers)
-    others = {p.name: model.get_parameter(p.name)
-              for (path,_),p in uses.items() if path not in layers}
+    called = {p.name for (path,_),p in uses.items() if path in layers}
+    idle = lambda path, p: p.name in called and _is_layer(model.get_submodule(path))
+    others = {p.name: model.get_parameter(p.name) for (path,_),p in uses.items()
+              if path not in layers and not idle(path, p)}
     for name,p in others.items(): feelers.sums[name] = _Sums(None, p)
     g,kind,n,was = torch.Generator().manual_seed(seed), None, 0, model.training
     try:

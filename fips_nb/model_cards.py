@@ -87,11 +87,11 @@ def _loss(report, library):
     seen = [x for x in seen if x is not None]
     said = 'The report has no loss against the dense model on data that were held out.'
     if any(seen): # without batches that are held out they are zeros
-        said = (f"On batches that were held out of the calibration data, the divergence from the "
-                f"dense outputs was {seen[0]:.4f} before distillation and {min(seen):.4f} after it: "
-                "nats for each prediction, or for outputs that are no logits the mean squared "
-                "error over their mean square. These batches are like the calibration data; on other "
-                "data the model may lose more.")
+        said = ("On batches that were held out of the calibration data, the divergence from the "
+                f"dense outputs was {seen[0]:.4f} before distillation and {min(seen):.4f} after "
+                "it: nats for each prediction, or for outputs that are no logits the mean squared "
+                "error over their mean square. These batches are like the calibration data; on "
+                "other data the model may lose more.")
     how = ('`fips eval` measures the model on your data.' if library else
            'Measure the module on your own data.')
     return [f'{said} {how}']
