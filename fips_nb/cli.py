@@ -45,9 +45,19 @@ def _group_size(s):
         text = f"{s!r} is no positive integer, 'auto', 'all' or 'stage'"
         raise argparse.ArgumentTypeError(text) from None
 
+def _number(s):
+    "Type of an argument: a number."
+    try: return float(s)
+    except ValueError:
+        percent = s.endswith('%') and s[:-1].replace('.', '', 1).isdigit()
+        mend = f'write {float(s[:-1])/100:g}' if percent else 'write it like 0.5'
+        raise argparse.ArgumentTypeError(f"{s!r} is no number; {mend}") from None
+
 def _batches(s):
     "Type of an argument: positive integers with commas between them."
-    sizes = tuple(map(int, s.split(',')))
+    try: sizes = tuple(map(int, s.split(',')))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{s!r} is no number, and no list like 1,16") from None
     if min(sizes) < 1: raise argparse.ArgumentTypeError(f"{min(sizes)} is less than 1")
     return sizes
 
@@ -130,10 +140,10 @@ def _size_options(q):
     "Options that say how small; the group of them."
     size = q.add_mutually_exclusive_group()
     _option(size, '--budget', "share of the compressed linears' parameters to keep, above 0 and at "
-            "most 1, the same for every layer (compress: 0.5 if no size is given)", type=float,
+            "most 1, the same for every layer (compress: 0.5 if no size is given)", type=_number,
             metavar='P')
     _option(size, '--target-ratio', "share of the whole model's parameters to keep; a plan gives "
-            "each layer its own share", type=float, metavar='R')
+            "each layer its own share", type=_number, metavar='R')
     _option(size, '--target-bytes', "bytes of the whole model on disk (compress: as for --bits, "
             "unless a --preset is named, whose factors have 16 bits; by a plan for fips-als)",
             type=int, metavar='N')
@@ -149,7 +159,7 @@ def _fit_options(q):
     _option(q, '--n-calib', "images, spread over the classes (default 1000, or what there is), or "
             "windows of text (default: as many as pay)", type=int, metavar='N')
     _option(q, '--max-minutes', "that it may take: levels and passes of distillation follow",
-            type=float, metavar='M')
+            type=_number, metavar='M')
     _option(q, '--stream', "keep the weights off the device but for one block at a time, for "
             "models that do not fit (compress: with --distill-epochs 0)", action='store_true')
     _option(q, '--seed', "of everything random (default 0)", type=int, metavar='N')
@@ -171,13 +181,13 @@ A run that is interrupted leaves DIR.state; the same command with --resume goes 
     size = _size_options(q)
     _option(q, '--bits', "bits of the file for each parameter of the model, everything counted; "
             "the weights are rounded, or the factors of a --preset, which --budget may size",
-            type=float, metavar='B')
+            type=_number, metavar='B')
     _option(size, '--plan', "a plan that `fips plan` wrote for this model", metavar='FILE')
     _option(q, '--preset', f"method: {_PRESETS} (default: {AUTO} for --bits and --target-bytes, "
             f"which rounds, and below {AUTO_BITS:g} bits also tries coded factors; else {DEFAULT}, "
             "the one that plans are for)")
     _option(q, '--sparsity', "share of zeros in the projections, 0 to below 1 (default: follows "
-            "from the budget)", type=float, metavar='S')
+            "from the budget)", type=_number, metavar='S')
     _option(q, '--group-size', "blocks that share a basis: a number, auto, all or stage (default: "
             "the preset's)", type=_group_size, metavar='N')
     _option(q, '--levels', "steps in which entries are pruned; fewer are faster (default: the "
@@ -244,11 +254,11 @@ def _add_compare(sub):
     q.add_argument('model', metavar='MODEL', help=_MODEL)
     q.add_argument('settings', metavar='SETTING', nargs='+', help=f"two or more of {_PRESETS}, "
                    "each perhaps with options: pruning:levels=20,distill_epochs=0")
-    _option(q, '--bits', "bits of each file for each parameter of the model", type=float,
+    _option(q, '--bits', "bits of each file for each parameter of the model", type=_number,
             metavar='B')
     _option(q, '--target-bytes', "instead: bytes of each file", type=int, metavar='N')
     _option(q, '--budget', "instead: share of the MLPs' parameters to keep, for presets of factors",
-            type=float, metavar='P')
+            type=_number, metavar='P')
     _option(q, '--calib', "images or text to calibrate with (the demos have their own)",
             metavar='PATH')
     _option(q, '--data', "images, with labels or captions, or text, to measure on; not those of "
@@ -290,9 +300,9 @@ threads.""")
     _option(q, '--batch', "images, captions, or tokens of a text, to be fast for at once "
             "(default 1)", type=_batches, metavar='N,N')
     _option(q, '--budget', "of a MODEL: share of the MLPs' parameters to keep (default 0.5); a DIR "
-            "has its own", type=float, metavar='P')
+            "has its own", type=_number, metavar='P')
     _option(q, '--sparsity', "of a MODEL: share of zeros in the projections (default: follows from "
-            "the budget)", type=float, metavar='S')
+            "the budget)", type=_number, metavar='S')
     _option(q, '--prefer', "keep the fastest format, or the smallest that is at most 5 %% slower "
             "than dense; of codes the fastest or the smallest mode (default time)",
             choices=('time', 'memory'))

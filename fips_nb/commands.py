@@ -473,7 +473,10 @@ def _held(state):
     "Lock the state of a run; one that fails with nothing to go on with leaves nothing behind."
     from fips_nb.disk import hold
     from fips_nb.state import clear_state, resumable
-    state.mkdir(parents=True, exist_ok=True)
+    try: state.mkdir(parents=True, exist_ok=True)
+    except (FileNotFoundError, NotADirectoryError, PermissionError) as e:
+        raise ValueError(f"no folder can be made at {state.with_suffix('')} ({e.strerror}); name "
+                         "another --out") from e
     with hold(state):
         try: yield
         except BaseException:
