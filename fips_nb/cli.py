@@ -599,6 +599,7 @@ def _accuracy_text(o):
                     f"{_percent(o['agreement'], 1)} of the images.")
     said.append(f"{o['n']:,} images ({o['data']}); median time of batches of {o['batch_size']} "
                 f"after a warm-up, {_where(o)}.")
+    said += [f'Note: {note}.' for note in o['notes']]
     return _beside(o, ['model', 'top-1', 'bytes', 'ms per image'], row, said)
 
 # %% ../nbs/09a_cli.ipynb #11-n05

@@ -986,6 +986,15 @@ def _example(opened, n):
     if opened.kind == 'images': return x
     return dict(pixel_values=x, input_ids=tokens(n, context_length(model)))
 
+# %% ../nbs/09_commands.ipynb #09-c142a
+def _assumed(model, batches):
+    "What is taken for granted where data have fewer classes than the model."
+    found = {y for _,y in getattr(batches, 'items', ())} - {None}
+    n = getattr(model, 'num_classes', 0) or getattr(getattr(model, 'config', None), 'num_labels', 0)
+    if not found or len(found) >= n or found != set(range(len(found))): return []
+    return [f"the {len(found)} classes of the data are taken for the first of the model's {n:,}; "
+            "folders with the names, numbers or WordNet ids of classes say which they are"]
+
 # %% ../nbs/09_commands.ipynb #09-c142
 def evaluate(
     model:str, # folder that compress wrote, or what compress takes
@@ -1018,7 +1027,8 @@ def measure(
     given,how = _measured_on(opened, data, o)
     res = evaluation.evaluate(opened.model, given, dense, device=_device(o.device), **how)
     names = dict(top1='accuracy', perplexity='perplexity', cosine='cosine_similarity')
-    return dict(measure=next(v for k,v in names.items() if k in res)) | res
+    kind = next(v for k,v in names.items() if k in res)
+    return dict(measure=kind) | res | dict(notes=_assumed(opened.model, given))
 
 def _milliseconds(opened, models, o):
     "The milliseconds that each model takes for an image or a window."

@@ -558,3 +558,12 @@ def test_the_real_model_becomes_smaller(fips):
     assert (status, without_news(err)) == (0, "")
     assert said["bytes"] < .72*said["dense_bytes_16"] and said["mlp_budget"] <= .5
     assert hub.load("x")(torch.zeros(1, 3, 224, 224)).shape == (1, 1000)
+
+
+def test_eval_says_which_classes_it_takes_a_few_folders_for(fips, tiny):
+    for i in range(6): picture(Path(f"few/{'cat' if i % 2 else 'dog'}/{i}.png"), i)
+    words = ["eval", TINY, "--weights", tiny/"w.safetensors", "--data"]
+    status, out, err = fips(*words, "few")
+    assert status == 0, err
+    assert "the 2 classes of the data are taken for the first of the model's 7" in " ".join(out.split())
+    assert "taken for" not in fips(*words, tiny/"images")[1]
