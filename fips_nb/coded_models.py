@@ -6,8 +6,8 @@
 __all__ = ['SMALL', 'PLAIN', 'EVEN', 'SOFTEN', 'GUARD', 'SPARE_BYTES', 'SAMPLE', 'REACH', 'FASTEST', 'TRIES', 'EPOCH', 'STEP',
            'LOOKS', 'EPOCHS', 'Part', 'matrix_shape', 'find_parts', 'Cost', 'measure_costs', 'matrix_of', 'Rounder',
            'coded_name', 'file_bytes', 'stored_bytes', 'bits_to_bytes', 'dense_params', 'check_bytes', 'Rounded',
-           'round_to_bytes', 'distill_codes', 'coding_seconds', 'expert_rows', 'expert_notes', 'passes', 'coding_ahead',
-           'layer_rates', 'bits_report', 'code_model']
+           'round_to_bytes', 'distill_codes', 'coding_seconds', 'coding_bytes', 'expert_rows', 'expert_notes', 'passes',
+           'coding_ahead', 'layer_rates', 'bits_report', 'code_model']
 
 # %% ../nbs/04h_coded_models.ipynb #04h-004
 import copy, dataclasses, json, math, sys, time, warnings
@@ -677,6 +677,19 @@ def coding_seconds(
     tries = min(TRIES, 2 + 4*SAMPLE/sum(math.prod(p.shape) for p in parts))
     seconds = augment_seconds(model, batches) + measured + tries*(once + code) + epochs*epoch
     return seconds, 4*n*forward*epochs
+
+# %% ../nbs/04h_coded_models.ipynb #04h-06q
+def coding_bytes(
+    model:nn.Module, # dense or factorised
+    epochs:int, # of distillation
+) -> int: # bytes, besides those of the model itself and of what runs on a batch
+    "About how much memory `code_model` takes at most."
+    parts,n = find_parts(model), sum(p.numel() for p in model.parameters())
+    narrow = 4*n*(next(model.parameters()).dtype.itemsize < 4)
+    largest = max((math.prod(p.shape) for p in parts), default=0)
+    metrics = 4*sum(p.shape[1]**2 for p in parts)
+    students = 2*narrow + 32*n if epochs else 0 # weights, latents, steps, classes, two moments
+    return metrics + max(narrow, 2*n + 24*largest, students - metrics)
 
 # %% ../nbs/04h_coded_models.ipynb #04h-06l
 def _lend(model, parts, costs):

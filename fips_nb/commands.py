@@ -559,11 +559,12 @@ def _expected(request, o, how):
                                             settings)
     return sum(len(p.group.linears) for p in plans), cfg.distill_epochs, seconds
 
-def _news(request, how, epochs, seconds):
-    "One line on what will be done, and how long it takes; and the seconds."
+def _news(request, how, epochs, seconds, nbytes=0):
+    "One line on what will be done, how long it takes and in how much memory; and the seconds."
     passes = f'{epochs} distillation epoch{"s"*(epochs > 1)}' if epochs else 'no distillation'
+    memory = f' and {nbytes/1e9:.2g} GB beside the model' if nbytes > 1e8 else ''
     return (f"compressing {request.name} by {how}{request.n:,} {request.unit}, {passes}; about "
-            f"{duration(seconds)} on {request.device}"), seconds
+            f"{duration(seconds)}{memory} on {request.device}"), seconds
 
 def _forecast(request, o, how):
     "One line before factors are made, and the seconds."
@@ -617,8 +618,10 @@ def _by_factors(request, o, budget, state):
 
 def _by_rounding(request, o, state):
     "Tell what will be done, and round the dense model."
+    from fips_nb.coded_models import coding_bytes
     def told(seconds, epochs):
-        o.tell(*_news(request, f"{ROUNDING} to {request.share:,} bytes: ", epochs, seconds))
+        o.tell(*_news(request, f"{ROUNDING} to {request.share:,} bytes: ", epochs, seconds,
+                      coding_bytes(request.model, epochs)))
     return _code(request, o, state, tell=told if o.tell else None)
 
 def _make_codes(request, o, budget, state):
