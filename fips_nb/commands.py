@@ -43,7 +43,7 @@ class FitOptions:
     weights:str|Path|None=None # file of trained weights of a timm model; None takes timm's own
     stream:bool=False # keep the weights off the device but for one block at a time
     seed:int=0 # of everything random
-    device:str='cpu' # where to run
+    device:str|None=None # where to run; None is the CPU, or where a module is
     progress:bool=False # bars on stderr
     tell:Callable|None=None # called with each line of news, and the seconds it promises if any
     def __post_init__(self):
@@ -69,7 +69,7 @@ class CompressOptions(FitOptions):
     keep_float32:bool=False # keep everything outside the factors in 32 bits
     resume:bool=False # go on with an interrupted run of the same command
     overwrite:bool=False # replace a compressed model in the folder, and drop an interrupted run
-    fields:dict=dataclasses.field(default_factory=dict) # of Config, beside those above
+    fields:dict=dataclasses.field(default_factory=dict) # of Config and Run, beside those above
 
     def __post_init__(self):
         super().__post_init__()
@@ -125,11 +125,14 @@ def make_options(
     check_names(given, [f.name for f in dataclasses.fields(kind)], 'option')
     return kind(**given)
 
+_OF_RUN = ('memory', 'moments') # fields of Run that are no options of the command line
+
 def _with_fields(given):
-    "The options of `compress`, some of which may be fields of Config."
+    "The options of `compress`, some of which may be fields of Config or Run."
     from fips_nb.budgets import Config, check_names
     ours,theirs = ([f.name for f in dataclasses.fields(k)] for k in (CompressOptions, Config))
-    check_names(given, [k for k in dict.fromkeys([*ours, *theirs]) if k != 'fields'], 'option')
+    known = dict.fromkeys([*ours, *theirs, *_OF_RUN])
+    check_names(given, [k for k in known if k != 'fields'], 'option')
     more = {k: v for k,v in given.items() if k not in ours}
     return CompressOptions(fields=more, **{k: v for k,v in given.items() if k in ours})
 
@@ -249,7 +252,8 @@ def _share(model, o, targets):
 def _open_request(name, o, targets):
     "Open the model `name`; its data are read later."
     _check_model(name, o)
-    device,named = _device(o.device), isinstance(name, (str, Path))
+    named = isinstance(name, (str, Path))
+    device = _device(o.device or ('cpu' if named else next(name.parameters()).device))
     opened = open_any(str(name), o.weights) if named else wrap_module(name, o.processor)
     share,count = _share(opened.model, o, targets)
     return Request(**vars(opened), device=device, share=share, count=count)
@@ -263,8 +267,8 @@ def _read_data(request, o):
         return _check_taken(request)
     text = _of_text(request.kind)
     b = read_batches(request, o.calib, n=o.n_calib if text else o.n_calib or 1000,
-                     batch_size=o.batch_size, seed=o.seed, window=o.window, device=o.device,
-                     progress=o.progress)
+                     batch_size=o.batch_size, seed=o.seed, window=o.window,
+                     device=request.device.type, progress=o.progress)
     request.batches = b
     request.n = len(b.windows) if text else sum(map(_examples, b))
     request.unit = f'windows of {b.length} tokens' if text else _NEEDS[request.kind][0]
@@ -289,7 +293,8 @@ def _examples(batch):
 def _overrides(o):
     "The fields of the configuration that somebody has set."
     names = ('targets', 'sparsity', 'group_size', 'levels', 'distill_epochs')
-    made = {k: getattr(o, k) for k in _given(o, names)} | getattr(o, 'fields', {})
+    fields = {k: v for k,v in getattr(o, 'fields', {}).items() if k not in _OF_RUN}
+    made = {k: getattr(o, k) for k in _given(o, names)} | fields
     return made | dict(distill_epochs=0) if _is_coded(o) else made # distilled when it is rounded
 
 def _wants_plan(o):
@@ -512,8 +517,9 @@ def _settings(request, o):
     "What the pipeline is told beside the model, the data and the size."
     import torch
     dtype = getattr(torch, o.dtype) if isinstance(o.dtype, str) else o.dtype
-    return dict(seed=o.seed, device=request.device, dtype=dtype,
-                stream=o.stream, **_overrides(o))
+    more = {k: v for k,v in getattr(o, 'fields', {}).items() if k in _OF_RUN}
+    return dict(seed=o.seed, device=request.device, dtype=dtype, stream=o.stream, **more,
+                **_overrides(o))
 
 def _run_pipeline(request, o, how, state):
     "Compress the model of `request`, as `how` (a plan or a budget) says."
@@ -751,7 +757,7 @@ def compress(
     model, # module; or 'demo-vit', 'demo-llm', a name of timm, a folder or name for transformers
     calib=None, # path, texts, dataset, tensors, loader, batches, or a function; the demos have some
     out:str|Path|None=None, # folder to write the compressed model to; None writes nothing
-    **options, # fields of CompressOptions; those of Config too
+    **options, # fields of CompressOptions; those of Config, and memory and moments of Run, too
 ): # Compressed: the model, and a report of sizes, bytes and seconds
     "Make `model` smaller, and save it in `out`."
     from fips_nb.pipeline import Compressed
