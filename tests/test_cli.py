@@ -267,7 +267,7 @@ def test_version(fips):
     ("compress demo-vit --budget 1.5", "outside (0, 1]"),
     ("compress demo-vit --budget -1", "outside (0, 1]"),
     ("compress demo-vit --budget nan", "outside (0, 1]"),
-    ("compress demo-vit --budget half", "invalid float value: 'half'"),
+    ("compress demo-vit --budget half", "'half' is no number; write it like 0.5"),
     ("compress demo-vit --budget 1e-5", "smallest possible"),
     ("compress demo-vit --budget .001 --preset svd", "smallest possible"),
     ("compress demo-vit --sparsity 1.0", "outside [0, 1)"),

@@ -326,7 +326,7 @@ def test_coded_factors_resume(preset, where, lm, tmp_path, capsys, monkeypatch):
     assert status == 0 and 'is complete' in err
 
 
-def test_an_old_state_of_stages_counts_for_nothing(lm, tmp_path, capsys, monkeypatch):
+def test_an_old_state_of_stages_is_dropped_when_asked(lm, tmp_path, capsys, monkeypatch):
     words = ['compress', lm / 'llama', '--calib', lm / 'text.txt', '--n-calib', 8, '--bits', 7, '--distill-epochs', 1,
              '--out', tmp_path / 'm']
     with monkeypatch.context() as m:
@@ -335,7 +335,8 @@ def test_an_old_state_of_stages_counts_for_nothing(lm, tmp_path, capsys, monkeyp
     assert (tmp_path / 'm.state/factors').is_dir()
     with monkeypatch.context() as m:
         m.setattr(coded_models, 'distill_codes', interrupt)
-        assert fips(capsys, *words, '--preset', 'rounding')[0] == 130
+        assert 'holds an interrupted run' in fips(capsys, *words, '--preset', 'rounding')[2]
+        assert fips(capsys, *words, '--preset', 'rounding', '--overwrite')[0] == 130
     assert not list((tmp_path / 'm.state/factors').glob('*.safetensors'))
     assert fips(capsys, *words, '--preset', 'rounding', '--resume')[0] == 0
     assert [p.name for p in tmp_path.iterdir()] == ['m']
