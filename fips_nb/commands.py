@@ -20,7 +20,7 @@ from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from .calibration import given_batches, is_source
+from .calibration import first_tensor, given_batches, is_source
 from .models import (Opened, check_name, in_transformers, kind_of, new_model, one_line,
                             open_any, open_model, open_processor, read_batches, wrap_module)
 
@@ -270,7 +270,7 @@ def _read_data(request, o):
                      batch_size=o.batch_size, seed=o.seed, window=o.window,
                      device=request.device.type, progress=o.progress)
     request.batches = b
-    request.n = len(b.windows) if text else sum(map(_examples, b))
+    request.n = len(b.windows) if text else sum(len(first_tensor(x)) for x in b)
     request.unit = f'windows of {b.length} tokens' if text else _NEEDS[request.kind][0]
 
 def _check_taken(request):
@@ -283,11 +283,6 @@ def _check_taken(request):
     except Exception as e:
         raise ValueError(f"{request.name} cannot run on the first batch of the calibration data "
                          f"({type(e).__name__}: {one_line(e, 200)})") from e
-
-def _examples(batch):
-    "How many examples are in a batch."
-    if isinstance(batch, dict): return len(next(iter(batch.values())))
-    return len(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
 # %% ../nbs/09_commands.ipynb #09-c058
 def _overrides(o):
@@ -644,10 +639,17 @@ def _noted(res, *notes):
     from fips_nb.pipeline import Compressed
     return Compressed(res.model, res.report | dict(notes=[*res.report['notes'], *notes]))
 
+def _bits(request):
+    "Bits of the file for each parameter that a request comes to."
+    return 8*request.share/sum(p.numel() for p in request.model.parameters())
+
+def _few_bits(request):
+    "Whether `auto` tries factors too."
+    return _bits(request) < AUTO_BITS
+
 def _as_factors(request, o):
     "The options of `auto` for factors of the same size."
-    bits = 8*request.share/sum(p.numel() for p in request.model.parameters())
-    return dataclasses.replace(o, preset=DEFAULT, bits=bits, target_bytes=None)
+    return dataclasses.replace(o, preset=DEFAULT, bits=_bits(request), target_bytes=None)
 
 def _tell_both(request, o):
     "Tell that rounding and factors are tried."
@@ -683,8 +685,7 @@ def _choose(request, o, state):
     "Round; where bits are few, also make factors and code them, and keep the better."
     from fips_nb.distillation import split_batches
     from fips_nb.pipeline import Compressed
-    n = sum(p.numel() for p in request.model.parameters())
-    if 8*request.share >= AUTO_BITS*n: return _by_rounding(request, o, state)
+    if not _few_bits(request): return _by_rounding(request, o, state)
     batches = list(request.batches)
     train,held = split_batches(len(batches), KEPT_OUT)
     if not held:
@@ -717,18 +718,16 @@ def _too_long(o, least):
 
 def _coded_within(request, o, budget, clock):
     "The options with which codes are made in time."
-    both = o.preset == AUTO and 8*request.share < AUTO_BITS*sum(
-        p.numel() for p in request.model.parameters())
     fits = 0.
     if budget is not None: fits = _expected(request, o, dict(budget=budget, plan=None))[2]
     passes,usual = _coding_expected(request, o)
-    with_passes = lambda n: dataclasses.replace(o, distill_epochs=n)
-    none,one = (_coding_expected(request, with_passes(n))[1] for n in (0, 1))
+    none = _coding_expected(request, dataclasses.replace(o, distill_epochs=0))[1]
     left = _left(o, clock) - fits
     if none > left: _too_long(o, none + fits)
-    if both and 3*usual > left: o = dataclasses.replace(o, preset=ROUNDING) # no time for two
+    if o.preset == AUTO and _few_bits(request) and 3*usual > left: # no time for two
+        o = dataclasses.replace(o, preset=ROUNDING)
     if usual <= left or o.distill_epochs is not None: return o
-    return with_passes(min(passes, int((left - none)/max(one - none, 1e-9))))
+    return dataclasses.replace(o, distill_epochs=int(passes*(left - none)/(usual - none)))
 
 def _factors_within(request, o, cfg, how, clock):
     "The options with which factors are made in time."
@@ -913,7 +912,7 @@ def latency(
     device = next(models[0].parameters()).device
     ms = stopwatch({i: lambda m=m: feed(m, batch) for i,m in enumerate(models)}, repeats,
                    device=device)
-    return [t/_examples(batch) for t in ms.values()]
+    return [t/len(first_tensor(batch)) for t in ms.values()]
 
 def _here(device):
     "Where figures were measured."
