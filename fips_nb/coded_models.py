@@ -22,8 +22,8 @@ from .statistics import feed
 from .augmentation import augment, augment_notes, augment_seconds, views
 from .rate_distortion import BIT_PRICE, Codes, SPAN, class_numbers, class_range
 from .rate_distortion import class_tables, code_bits, round_weight, steps_of, triangular
-from .distillation import Distillation, Teacher, batch_order, check_loss, decay, learning
-from .distillation import loss_kind, predict, restore, snapshot, split_batches
+from .distillation import Distillation, Teacher, loss_kind, predict
+from .training import Course, Judge, check_loss, learning, split_batches, train
 from .budgets import check_names, operations_limit
 from .state import Progress, digest, fingerprint, open_state
 from .streaming import memory_advice, settle, share_tensors
@@ -544,15 +544,14 @@ def _shorter(live, weight):
     return live.codes(torch.where(near, nearer, q))
 
 # %% ../nbs/04h_coded_models.ipynb #04h-053
-class _Sized:
+class _Sized(Judge):
     "Keeps the codes with the least divergence on held-out batches, among those that fit."
     def __init__(self, model, lives, teacher, held, start):
         self.model,self.lives,self.start = model, lives, start
         self.teacher,self.held = teacher, held
         ours = {id(l.p) for l in lives.values()}
-        rest = [p for p in model.parameters() if p.is_floating_point() and id(p) not in ours]
-        self.rest,self.ps = rest, [l.z for l in lives.values()] + rest
-        self.least,self.best,self.losses = math.inf, [], []
+        self.rest = [p for p in model.parameters() if p.is_floating_point() and id(p) not in ours]
+        super().__init__([l.z for l in lives.values()] + self.rest)
 
     def rounded(self, codes): return dataclasses.replace(self.start, codes=codes)
 
@@ -571,7 +570,7 @@ class _Sized:
         if (codes := self.fitting()) is None: return self.losses.append(math.nan)
         codes.put(self.model)
         loss = [self.teacher.loss(self.model, j) for j in self.held]
-        for l,ref in loss: check_loss(l.item(), {'the last layer': ref})
+        for l,refs in loss: check_loss(l.item(), refs)
         self.losses.append(sum(l.item() for l,_ in loss)/max(1, len(loss)))
         if self.losses[-1] >= self.least and self.held: return
         self.least = self.losses[-1]
@@ -579,12 +578,30 @@ class _Sized:
 
     @torch.no_grad()
     def decide(self):
-        "Put the best back; its codes."
+        "Put the best back."
         n = len(self.lives)
-        codes = self.rounded({k: l.codes(q) for (k,l),q in zip(self.lives.items(), self.best)})
-        codes.put(self.model)
+        best = {k: l.codes(q) for (k,l),q in zip(self.lives.items(), self.best)}
+        self.codes = self.rounded(best)
+        self.codes.put(self.model)
         for p,q in zip(self.rest, self.best[n:]): p.copy_(q)
-        return codes
+
+class _Rounding:
+    "What moves while codes are distilled: weights are rounded before each forward."
+    def __init__(self, lives, price, n):
+        self.lives,self.price,self.n = list(lives), price, n
+
+    def before(self, t):
+        "Put the rounded weights into the model, and fit the tables to the codes in each epoch."
+        for l in self.lives:
+            if t % self.n == 0: l.refresh()
+            l.put()
+
+    def step(self, t, opt):
+        "Gradients of the latents."
+        for l in self.lives: l.pull(self.price)
+
+    def state_dict(self): return {} # the latents are parameters of the optimiser
+    def load_state_dict(self, tensors): "Nothing to put back."
 
 # %% ../nbs/04h_coded_models.ipynb #04h-054
 def distill_codes(
@@ -597,36 +614,17 @@ def distill_codes(
 ) -> tuple[Rounded,list]: # and the held-out divergence before and after each epoch
     "Distil a model while it is rounded, with the length of its codes in the loss."
     lives = {k: _Live(model.get_parameter(k), c) for k,c in start.codes.items()}
-    train,held = split_batches(len(teacher.batches), how.held_out)
-    judge = _Sized(model, lives, teacher, held, start)
-    judge.look()
-    total = how.epochs*len(train)
+    numbers,held = split_batches(len(teacher.batches), how.held_out)
+    judge,total = _Sized(model, lives, teacher, held, start), how.epochs*len(numbers)
     lr = how.lr or min(FASTEST, 2*REACH/max(1, total)) # rates fall from lr to nothing
-    opt = torch.optim.Adam([dict(params=judge.ps[:len(lives)], share=lr),
-                            dict(params=judge.rest, share=lr/100)], betas=(.9, .98))
-    done = restore(opt, judge, state)
-    bar = tqdm(range(done, how.epochs), desc='distillation', disable=not run.progress, leave=False)
+    opt = torch.optim.Adam([dict(params=judge.ps[:len(lives)], lr=lr),
+                            dict(params=judge.rest, lr=lr/100)], betas=(.9, .98))
+    rounding = _Rounding(lives.values(), BIT_PRICE*start.alpha**2/2, len(numbers))
+    course = Course(numbers, how.epochs, seed=run.seed,
+                    label='distillation' if run.progress else '')
     with learning(model, list(model.parameters())):
-        for e in bar:
-            for l in lives.values(): l.refresh()
-            rates = (decay(e*len(train) + t, total) for t in range(len(train)))
-            _live_epoch(model, teacher, opt, list(lives.values()), BIT_PRICE*start.alpha**2/2,
-                        zip(rates, (train[i] for i in batch_order(len(train), run.seed, e))))
-            judge.look()
-            if state is not None: state.save(snapshot(opt, judge), e + 1)
-    return judge.decide(), judge.losses
-
-def _live_epoch(model, teacher, opt, lives, price, steps):
-    "Train the latents on batches; `steps` has the rate and the number of each."
-    for rate,j in steps:
-        for g in opt.param_groups: g['lr'] = g['share']*rate
-        for l in lives: l.put()
-        loss,ref = teacher.loss(model, j)
-        check_loss(loss.item(), {'the last layer': ref})
-        opt.zero_grad()
-        loss.backward()
-        for l in lives: l.pull(price)
-        opt.step()
+        train(model, teacher.loss, opt, course, [rounding], judge, state)
+    return judge.codes, judge.losses
 
 # %% ../nbs/04h_coded_models.ipynb #04h-061
 TRIES, EPOCH = 6, 3. # rounding passes, and time of an epoch over that of the forwards in it

@@ -683,7 +683,7 @@ def _divergences(request, models, batches):
 
 def _choose(request, o, state):
     "Round; where bits are few, also make factors and code them, and keep the better."
-    from fips_nb.distillation import split_batches
+    from fips_nb.training import split_batches
     from fips_nb.pipeline import Compressed
     if not _few_bits(request): return _by_rounding(request, o, state)
     batches = list(request.batches)

@@ -9,11 +9,10 @@ __all__ = ['FASTEST', 'FixedGrid', 'stored_bits', 'fixed_grids', 'distill_fixed'
 import math
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 from .grouping import mask_bits
 from .sparse_factors import FactorLinear
-from .distillation import Distillation, Teacher, batch_order, check_loss, decay, learning
-from .distillation import split_batches
+from .distillation import Distillation, Teacher
+from .training import Course, Judge, learning, split_batches, train
 from .pipeline import Run
 
 # %% ../nbs/04i_fixed_widths.ipynb #04i-011
@@ -117,20 +116,22 @@ def _held_out(model, teacher, grids, held):
     for g in grids: g.put()
     return sum(teacher.loss(model, j)[0].item() for j in held)/max(1, len(held))
 
-def _step(model, teacher, grids, opt, j):
-    "Train on one batch."
-    for g in grids: g.put()
-    loss,ref = teacher.loss(model, j)
-    check_loss(loss.item(), {'the last layer': ref})
-    opt.zero_grad()
-    loss.backward()
-    for g in grids: g.pull()
-    opt.step()
+class _Rounding:
+    "What moves: weights are rounded before each forward."
+    def __init__(self, grids): self.grids = grids
+
+    def before(self, t):
+        "Put the rounded weights into the model."
+        for g in self.grids: g.put()
+
+    def step(self, t, opt):
+        "Gradients of latents and steps."
+        for g in self.grids: g.pull()
 
 def _rates(grids, rest, lr):
     "An optimiser with a learning rate for each kind of parameter."
     kinds = [([g.z for g in grids], lr), ([g.t for g in grids], lr/4), (rest, lr/100)]
-    return torch.optim.Adam([dict(params=ps, share=share) for ps,share in kinds if ps],
+    return torch.optim.Adam([dict(params=ps, lr=rate) for ps,rate in kinds if ps],
                             betas=(.9, .98))
 
 # %% ../nbs/04i_fixed_widths.ipynb #04i-026
@@ -144,18 +145,13 @@ def distill_fixed(
     "Distil a model while it is rounded to fixed widths; the best epoch stays."
     ours = {id(g.p) for g in grids}
     rest = [p for p in model.parameters() if p.is_floating_point() and id(p) not in ours]
-    state = [x for g in grids for x in (g.z, g.t)] + rest
-    train,held = split_batches(len(teacher.batches), how.held_out)
-    opt,total = _rates(grids, rest, how.lr or FASTEST), how.epochs*len(train)
-    losses,best = [_held_out(model, teacher, grids, held)], [x.detach().clone() for x in state]
+    numbers,held = split_batches(len(teacher.batches), how.held_out)
+    opt = _rates(grids, rest, how.lr or FASTEST)
+    judge = Judge([x for g in grids for x in (g.z, g.t)] + rest,
+                  (lambda: _held_out(model, teacher, grids, held)) if held else None)
+    course = Course(numbers, how.epochs, seed=run.seed,
+                    label='fixed widths' if run.progress else '')
     with learning(model, list(model.parameters())):
-        for e in tqdm(range(how.epochs), 'fixed widths', disable=not run.progress, leave=False):
-            for t,i in enumerate(batch_order(len(train), run.seed, e), e*len(train)):
-                for group in opt.param_groups: group['lr'] = group['share']*decay(t, total)
-                _step(model, teacher, grids, opt, train[i])
-            losses.append(_held_out(model, teacher, grids, held))
-            if losses[-1] <= min(losses): best = [x.detach().clone() for x in state]
-    with torch.no_grad():
-        for x,b in zip(state, best): x.copy_(b)
+        train(model, teacher.loss, opt, course, [_Rounding(grids)], judge)
     for g in grids: g.put()
-    return losses
+    return judge.losses

@@ -296,6 +296,14 @@ class _Images:
         self.read()
         return iter(self.decode() if self.kept is None else self.kept)
 
+    def pick(self, numbers):
+        "Some items; of those that are not kept, unreadable ones are left out."
+        if self.kept is not None: return [self.kept[i] for i in numbers]
+        items = [self.items[i] for i in numbers]
+        with ThreadPoolExecutor(8) as pool:
+            xs = list(pool.map(partial(_decode, self.transform), [p for p,_ in items]))
+        return [(x, y) for x,(_,y) in zip(xs, items) if torch.is_tensor(x)]
+
 # %% ../nbs/04b_images.ipynb #05-021
 class ImageBatches:
     "Batches `(x, y)`, or `x` where labels are missing, as often as they are asked for."
@@ -324,13 +332,30 @@ class ImageBatches:
         self._images.read()
         return self
 
-    def __len__(self): return -(-(len(self.items) - len(self.unreadable or []))//self.batch_size)
+    @property
+    def n(self):
+        "Images that can be read, as far as that is known."
+        return len(self.items) - len(self.unreadable or [])
+
+    def __len__(self): return -(-self.n//self.batch_size)
+
+    def _batch(self, pairs):
+        x = torch.stack([x for x,_ in pairs])
+        return (x, torch.tensor([y for _,y in pairs])) if self.labelled else x
 
     def __iter__(self):
         images = iter(self._images)
-        while pairs := list(islice(images, self.batch_size)):
-            x = torch.stack([x for x,_ in pairs])
-            yield (x, torch.tensor([y for _,y in pairs])) if self.labelled else x
+        while pairs := list(islice(images, self.batch_size)): yield self._batch(pairs)
+
+    def rows(self,
+        numbers, # of images, from 0
+    ):
+        "A batch of some images."
+        return self._batch(self._images.pick(numbers))
+
+    def __getitem__(self, j):
+        if not 0 <= j < len(self): raise IndexError(f"batch {j} of {len(self)}")
+        return self.rows(range(j*self.batch_size, min((j + 1)*self.batch_size, self.n)))
 
 # %% ../nbs/04b_images.ipynb #04b-c061
 def find_captions(

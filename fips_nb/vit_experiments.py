@@ -20,7 +20,7 @@ from .distillation import Distillation, Teacher, distill_outputs
 from .budgets import configure
 from .pipeline import Compressed, Run, compress, round_factors, size_report
 from .images import ImageBatches, accuracy
-from .results import DISTILLATION, SOLVER, code_hash, record
+from .results import DISTILLATION, SOLVER, TRAINING, code_hash, record
 from .entropy_coding import encode
 from .coded_models import EPOCHS, Rounder, bits_to_bytes, distill_codes, find_parts
 from .coded_models import measure_costs, round_to_bytes, stored_bytes
@@ -197,6 +197,6 @@ def coded_figures(
 
 CODING = tuple(f'coded_models.{k}' for k in (
     'measure_costs', '_Sums', '_Feelers', '_drawn', '_cost', 'Rounder', 'round_to_bytes',
-    'stored_bytes', 'distill_codes', '_Live', '_Sized', '_live_epoch')) + (
+    'stored_bytes', 'distill_codes', '_Live', '_Sized', '_Rounding')) + TRAINING + (
     'rate_distortion.round_weight', 'entropy_coding.encode') # the functions behind such a row
 AUGMENTING = tuple(f'augmentation.{k}' for k in ('augment', 'crops', 'own_text'))
