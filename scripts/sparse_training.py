@@ -122,7 +122,7 @@ def runs(task):
     yield dict(method="static", sparsity=.95, fresh=False)
 
 
-def language(method, sparsity=0., gamma=0., seed=0, steps=60, window=256, batch=4):
+def language(method, sparsity=0., gamma=0., seed=0, steps=100, window=256, batch=4):
     "One run on the text: `demo-llm`, its MLPs pruned, trained on."
     model, tokenizer = demo_llm()
     model, held = model.float(), demo_text("eval")
