@@ -84,7 +84,7 @@ def test_constant_fan_in_over_odd_shapes(shape):
 def test_rigl_keeps_the_count(shape, frac, fan_in):
     V, grad = torch.randn(2, *shape, generator=torch.Generator().manual_seed(3))
     mask = fan_in_mask(V.abs(), 3) if fan_in else topk_mask(V.abs(), .3)
-    new = rigl_mask(V, mask, grad, frac, fan_in)
+    new = rigl_mask(V, mask, grad, frac, "fan_in" if fan_in else None)
     if fan_in: assert torch.equal(new.sum(0), mask.sum(0))
     else: assert new.sum() == mask.sum()
     moved = int((new & ~mask).sum())

@@ -1,0 +1,164 @@
+"""Train small networks sparse from the first step, and write `results/05a_sparse_training.json`.
+
+    python scripts/sparse_training.py mlp vit llm
+
+`mlp` is a perceptron (64-300-100-10) and `vit` a transformer of three blocks, 40 wide; both learn scikit-learn's digits
+from drawn weights: the 1000 images of `train`, jittered, and the 797 of `test` judge. `llm` prunes the MLPs of the trained
+`demo-llm` to a tenth and trains on; its perplexity is that of its held-out text. All schedules of a task share the steps,
+the batches and the learning rate. These were chosen, with the steps between updates, on 200 images of `train` that were
+held out for it, with static masks and RigL only. One thread.
+"""
+import argparse
+import functools
+import math
+import time
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from fips_nb.demo import demo_images, demo_llm, demo_text
+from fips_nb.results import record
+from fips_nb.sparse_factors import Schedule
+from fips_nb.sparse_training import sparsify
+from fips_nb.text import perplexity
+
+NAME = "05a_sparse_training"
+CODE = ("sparse_training.sparsify", *(f"sparse_factors.{k}" for k in (
+    "topk_mask", "pick_masks", "fan_in_mask", "gmp_sparsity", "rigl_mask", "srigl_mask", "erk_densities",
+    "_place", "_refill", "_drop", "_zero_dead", "Schedule", "_Masks", "Pruner")))
+SPARSITIES, GAMMAS = (.8, .9, .95), (0., .3, .6, .95)
+
+
+def mlp():
+    sizes = (64, 300, 100, 10)
+    layers = [o for i, h in zip(sizes, sizes[1:]) for o in (nn.Linear(i, h), nn.ReLU())]
+    return nn.Sequential(nn.Flatten(), *layers[:-1])
+
+
+def vit():
+    model = VisionTransformer(img_size=8, patch_size=2, in_chans=1, num_classes=10, embed_dim=40, depth=3, num_heads=4)
+    nn.init.normal_(model.pos_embed, std=.5)
+    return model
+
+
+TASKS = dict(mlp=(mlp, dict(steps=1200, batch=100), 5), vit=(vit, dict(steps=1000, batch=50), 3))  # and seeds
+
+
+def jitter(x, gen):
+    "Images turned, stretched and shifted a little, with noise."
+    draw = lambda *shape: 2*torch.rand(len(x), *shape, generator=gen) - 1
+    theta = torch.eye(2, 3).repeat(len(x), 1, 1)
+    theta[:, :, :2] += .15*draw(2, 2)
+    theta[:, :, 2] = .2*draw(2)
+    x = F.grid_sample(x + 1, F.affine_grid(theta, x.shape, align_corners=False), align_corners=False) - 1
+    return x + .1*torch.randn(x.shape, generator=gen)
+
+
+def fit(model, loss, moves, steps, lr):
+    "The loop: `loss(model, t)`, AdamW, a short warm-up and a cosine. Returns the mean loss of the last tenth."
+    opt = torch.optim.AdamW(model.parameters(), lr=lr)
+    warm = lambda t: min(1, (t + 1)/50)*(1 + math.cos(math.pi*t/steps))/2
+    rate, losses = torch.optim.lr_scheduler.LambdaLR(opt, warm), []
+    for t in range(steps):
+        if moves: moves.before(t)
+        out = loss(model, t)
+        opt.zero_grad()
+        out.backward()
+        if moves: moves.step(t, opt)
+        opt.step()
+        rate.step()
+        losses.append(out.item())
+    tail = losses[-max(1, steps//10):]
+    return sum(tail)/len(tail)
+
+
+def masks(moves):
+    "What the masks are at the end."
+    if moves is None: return {}
+    live, total = (sum(int(o) for o in os) for os in (map(torch.sum, moves.masks), map(torch.numel, moves.masks)))
+    rows = [m.any(1) for m in moves.masks]
+    return dict(density=live/total, ablated=1 - sum(int(r.sum()) for r in rows)/sum(len(r) for r in rows))
+
+
+def schedule(method, sparsity, steps, gamma=0., every=100):
+    return Schedule(sparsity, steps, method, every=every, fraction=.3, gamma=gamma)
+
+
+def digits(task, method, sparsity=0., gamma=0., densities="uniform", fresh=True, seed=0):
+    "One run on the digits."
+    make, how, _ = TASKS[task]
+    steps, batch = how["steps"], how["batch"]
+    torch.manual_seed(seed)
+    model, moves = make().train(), None
+    if method != "dense":
+        plan = schedule(method, sparsity, steps, gamma)
+        moves = sparsify(model, plan, densities=densities, fresh=fresh, seed=seed)
+    (x, y), gen = demo_images("train"), torch.Generator().manual_seed(seed)
+    order = torch.cat([torch.randperm(len(x), generator=gen) for _ in range(-(-steps*batch//len(x)))])
+
+    def loss(model, t):
+        i = order[t*batch:(t + 1)*batch]
+        return F.cross_entropy(model(jitter(x[i], gen)), y[i])
+
+    start = time.perf_counter()
+    train_loss = fit(model, loss, moves, steps, lr=3e-3)
+    took = time.perf_counter() - start
+    with torch.no_grad(): (xt, yt), out = demo_images("test"), model.eval()(demo_images("test")[0])
+    top1 = (out.argmax(1) == yt).float().mean().item()
+    return dict(top1=top1, loss=F.cross_entropy(out, yt).item(), train_loss=train_loss, training=took, n=len(xt)) | masks(moves)
+
+
+def runs(task):
+    "What is compared: settings of `digits`."
+    yield dict(method="dense")
+    for s in SPARSITIES:
+        yield from (dict(method=m, sparsity=s) for m in ("static", "set", "rigl", "gmp"))
+        yield from (dict(method="srigl", sparsity=s, gamma=g) for g in GAMMAS)
+    for s in SPARSITIES[1:]:
+        yield dict(method="rigl", sparsity=s, densities="erk")
+        yield dict(method="srigl", sparsity=s, gamma=.3, densities="erk")
+    yield dict(method="static", sparsity=.95, fresh=False)
+
+
+def language(method, sparsity=0., gamma=0., seed=0, steps=100, window=256, batch=4):
+    "One run on the text: `demo-llm`, its MLPs pruned, trained on."
+    model, tokenizer = demo_llm()
+    model, held = model.float(), demo_text("eval")
+    if method == "dense": return perplexity(model, tokenizer, held)
+    names = [n for n, m in model.named_modules() if type(m) is nn.Linear and ".mlp." in n]
+    moves = sparsify(model.train(), schedule(method, sparsity, steps, gamma, every=5), names, seed=seed)
+    gen = torch.Generator().manual_seed(seed)
+    ids = torch.tensor([t for d in demo_text("calib") for t in tokenizer(d)["input_ids"]])
+    starts = torch.randint(len(ids) - window - 1, (steps, batch), generator=gen)
+
+    def loss(model, t):
+        x = ids[starts[t][:, None] + torch.arange(window + 1)]
+        return F.cross_entropy(model(x[:, :-1]).logits.flatten(0, 1), x[:, 1:].flatten())
+
+    start = time.perf_counter()
+    train_loss = fit(model, loss, moves, steps, lr=1e-3)
+    took = time.perf_counter() - start
+    figures = {k: v for k, v in perplexity(model.eval(), tokenizer, held).items() if k in ("perplexity", "n_tokens", "window")}
+    return figures | dict(train_loss=train_loss, training=took) | masks(moves)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("tasks", nargs="+", choices=[*TASKS, "llm"])
+    p.add_argument("--seeds", type=int, help="how many; default 5 for mlp, 3 for vit, 1 for llm")
+    a = p.parse_args()
+    torch.set_num_threads(1)
+    for task in a.tasks:
+        for seed in range(a.seeds or (1 if task == "llm" else TASKS[task][2])):
+            ways = [dict(method=m, sparsity=.9) for m in ("static", "set", "rigl", "gmp")]
+            ways += [dict(method="srigl", sparsity=.9, gamma=g) for g in (0., .3)]
+            for how in ([dict(method="dense"), *ways] if task == "llm" else runs(task)):
+                run = functools.partial(language if task == "llm" else functools.partial(digits, task), seed=seed, **how)
+                row = record(NAME, dict(task=task, **how), run, CODE, seed)
+                print(task, seed, how, {k: round(v, 4) for k, v in row.items() if isinstance(v, float)}, flush=True)
+
+
+if __name__ == "__main__":
+    main()
