@@ -27,7 +27,8 @@ from tqdm.auto import tqdm
 from .svd_init import svd_init
 from .grouping import factor_bytes, features_last, find_modules, weights
 from .sparse_factors import Schedule, factor_layers, factorize
-from .statistics import calibration_notes, collect_moments, feed, layer_metric
+from .statistics import calibration_notes, collect_moments, feed, first_tensor
+from .statistics import layer_metric
 from .blockwise_opt import Solver, adaptive_ranks, fit_group, fit_svd, group_error
 from .distillation import Distillation, distill_blocks, distill_outputs
 from .budgets import Config, GroupPlan, can_distill, check_names, check_plan, configure
@@ -124,14 +125,9 @@ def choose_plans(
     return plans, check_plan(model, plans)
 
 # %% ../nbs/03e_pipeline.ipynb #03e-018
-def _first_tensor(batch):
-    "The first tensor of a batch."
-    if isinstance(batch, dict): return next(v for v in batch.values() if torch.is_tensor(v))
-    return batch[0] if isinstance(batch, (tuple, list)) else batch
-
 def _one_example(batch):
     "The first example of a batch, in the same form."
-    if not isinstance(batch, dict): return _first_tensor(batch)[:1]
+    if not isinstance(batch, dict): return first_tensor(batch)[:1]
     return {k: v[:1] if torch.is_tensor(v) else v for k,v in batch.items()}
 
 def _rows_of_example(model, batch, plans):
@@ -153,7 +149,7 @@ def count_rows(
     "How many tokens or patches `batches` hold, from the first of them."
     first = next(iter(batches), None)
     if first is None: raise ValueError("there is no calibration data")
-    x = _first_tensor(first)
+    x = first_tensor(first)
     n = operator.length_hint(batches) or sum(1 for _ in batches)
     each = x.numel() if not x.is_floating_point() else len(x)*_rows_of_example(model, first, plans)
     return round(n*each), n
