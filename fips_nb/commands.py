@@ -20,7 +20,7 @@ from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from .calibration import first_tensor, given_batches, is_source
+from .calibration import given_batches, is_source
 from .models import (Opened, check_name, in_transformers, kind_of, new_model, one_line,
                             open_any, open_model, open_processor, read_batches, wrap_module)
 
@@ -261,6 +261,7 @@ def _open_request(name, o, targets):
 # %% ../nbs/09_commands.ipynb #09-c050
 def _read_data(request, o):
     "Read the calibration data of `request`, or take those that need no reading."
+    from fips_nb.statistics import first_tensor
     if not is_source(o.calib):
         request.batches,request.n = given_batches(o.calib, o.batch_size, o.n_calib)
         request.unit = 'rows of data'
@@ -908,7 +909,7 @@ def latency(
 ) -> list: # median milliseconds per example of the batch, of each model
     "Time the models in turns, after a warm-up."
     from fips_nb.sparse_kernels import stopwatch
-    from fips_nb.statistics import feed
+    from fips_nb.statistics import feed, first_tensor
     device = next(models[0].parameters()).device
     ms = stopwatch({i: lambda m=m: feed(m, batch) for i,m in enumerate(models)}, repeats,
                    device=device)

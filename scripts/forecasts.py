@@ -1,0 +1,90 @@
+"""How long `fips_nb.compress` says that it will take, against how long it takes, in twenty runs of four models.
+
+    FIPS_NB_DATA=... python scripts/forecasts.py             # all of them, half an hour on two cores
+    FIPS_NB_DATA=... python scripts/forecasts.py --under 20  # those that are over in less than 20 seconds
+
+Each run has a process of its own, so that whatever is slower the first time counts. What was promised is what the
+line before the start says, and what was taken counts from that line on: reading data comes before it, and so does
+planning where there is any. The rows go to `results/09_forecasts.json`; notebook 09_commands shows them.
+"""
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+from fips_nb import compress
+from fips_nb.results import record
+
+DATA = Path(os.environ.get("FIPS_NB_DATA", "."))
+CODE = ("coded_models.coding_seconds", "coded_models._pass_seconds", "pipeline.expected_seconds",
+        "pipeline.expected_operations", "pipeline.forward_seconds", "pipeline.step_seconds")
+WHERE = {
+    "stories260k": ("stories260k", dict(calib="text/tinystories_calib.txt")),
+    "vit_tiny_patch16_224": (None, dict(weights="vit_tiny/vit_tiny_patch16_224.safetensors", calib="imagenet_calib")),
+} # of a model that is not in the package: its folder, and options with paths
+
+VIT, LLM, STORIES, TINY = "demo-vit", "demo-llm", "stories260k", "vit_tiny_patch16_224"
+RUNS = [ # about how many seconds, model, options
+    (1, STORIES, dict(preset="aafm", budget=.5, n_calib=64, window=128)),
+    (3, VIT, dict(preset="svd-llm", budget=.5)),
+    (3, VIT, dict(budget=.5, n_calib=200, levels=15, distill_epochs=0)),
+    (4, STORIES, dict(budget=.5, n_calib=64, window=128, levels=15, distill_epochs=1)),
+    (4, STORIES, dict(bits=6., n_calib=64, window=128, distill_epochs=0)),
+    (5, STORIES, dict(bits=3., n_calib=16, window=128, distill_epochs=1)),
+    (9, VIT, dict(bits=4., n_calib=200, distill_epochs=1)),
+    (10, VIT, dict(bits=2.5, n_calib=200, distill_epochs=0)),
+    (12, LLM, dict(bits=4., n_calib=8, distill_epochs=0)),
+    (15, LLM, dict(budget=.5, n_calib=16, levels=4, distill_epochs=0)),
+    (25, TINY, dict(bits=4., n_calib=8, distill_epochs=0)),
+    (30, VIT, dict(bits=3., preset="fips-als", budget=.4, n_calib=200, levels=10, distill_epochs=1)),
+    (30, VIT, dict(budget=.25)),
+    (40, STORIES, dict(bits=4.)),
+    (50, VIT, dict(bits=4.)),
+    (60, TINY, dict(budget=.5, n_calib=200, levels=10, distill_epochs=0)),
+    (90, VIT, dict(bits=1.5)),
+    (120, LLM, dict(target_ratio=.8)),
+    (240, TINY, dict(bits=3., n_calib=200, distill_epochs=1)),
+    (300, LLM, dict(bits=4.)),
+]
+
+
+def one(name, options):
+    "Run `compress` here; seconds promised and taken, and those before the promise."
+    folder, more = WHERE.get(name, (None, {}))
+    more = {k: str(DATA/v) for k, v in more.items()}
+    start, promises = time.perf_counter(), []
+
+    def tell(line, seconds=None):
+        if seconds is not None: promises.append((seconds, time.perf_counter()))
+
+    warnings.simplefilter("ignore")
+    compress(str(DATA/folder) if folder else name, tell=tell, **more, **options)
+    (expected, at), = promises
+    taken = time.perf_counter() - at
+    return dict(expected=float(f"{expected:.3g}"), taken=float(f"{taken:.3g}"), ratio=float(f"{taken/expected:.3g}"),
+                before=float(f"{at - start:.3g}"))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--under", type=float, default=float("inf"), metavar="SECONDS",
+                        help="only runs that take about so long")
+    parser.add_argument("--one", help=argparse.SUPPRESS) # a run, as JSON, in this process
+    args = parser.parse_args()
+    if args.one: return print(json.dumps(one(*json.loads(args.one))))
+    for about, name, options in RUNS:
+        if about >= args.under: continue
+
+        def make():
+            run = [sys.executable, __file__, "--one", json.dumps([name, options])]
+            return json.loads(subprocess.run(run, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+        row = record("09_forecasts", dict(model=name, **options), make, CODE)
+        print(f"{row['expected']:8.1f} s expected, {row['taken']:8.1f} s taken, {row['ratio']:.2f}: {row['key']}", flush=True)
+
+
+if __name__ == "__main__": main()
