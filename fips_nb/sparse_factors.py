@@ -495,21 +495,6 @@ class Pruner(_Masks):
     ):
         "Nothing to do before a forward: dead entries are zero in the parameters themselves."
 
-    def before(self,
-        t:int, # step, from 0
-    ):
-        "Nothing has to be done before a forward: dead entries are zero."
-
-    def state_dict(self) -> dict: # tensors by name
-        "The masks."
-        return {f'mask{i}': m for i,m in enumerate(self.masks)}
-
-    def load_state_dict(self,
-        tensors:dict, # from state_dict
-    ):
-        "Put masks back."
-        self.masks = [tensors[f'mask{i}'].to(m) for i,m in enumerate(self.masks)]
-
     def step(self,
         t:int, # step, from 0
         opt:torch.optim.Optimizer|None=None, # whose moments follow the masks
