@@ -400,6 +400,7 @@ class Schedule:
 def _zero_dead(params, masks, opt=None):
     "Zero dead entries of parameters, gradients and moments."
     for p,m in zip(params, masks):
+        m = m.to(p.dtype) # many times faster to multiply by than a bool
         p.mul_(m)
         if p.grad is not None: p.grad.mul_(m)
         for v in (opt.state.get(p, {}).values() if opt else ()):
@@ -448,7 +449,6 @@ class _Masks:
                 M = srigl_mask(V, M, G, fraction, k, gamma)
             else: M = rigl_mask(V, M, G, fraction, plan.pattern)
             self.masks[i] = self._columns(M).contiguous()
-
 
     def state_dict(self) -> dict: # name -> tensor
         "What a run needs to go on: the masks, and the generator of SET."
