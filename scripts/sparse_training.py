@@ -1,12 +1,11 @@
 """Train small networks sparse from the first step, and write `results/05a_sparse_training.json`.
 
-    python scripts/sparse_training.py mlp vit llm
+    python scripts/sparse_training.py mlp vit
 
 `mlp` is a perceptron (64-300-100-10) and `vit` a transformer of three blocks, 40 wide; both learn scikit-learn's digits
-from drawn weights: the 1000 images of `train`, jittered, and the 797 of `test` judge. `llm` prunes the MLPs of the trained
-`demo-llm` to a tenth and trains on; its perplexity is that of its held-out text. All schedules of a task share the steps,
-the batches and the learning rate. These were chosen, with the steps between updates, on 200 images of `train` that were
-held out for it, with static masks and RigL only. One thread.
+from drawn weights: the 1000 images of `train`, jittered, and the 797 of `test` judge. All schedules of a task share the
+steps, the batches and the learning rate. The learning rate and the steps between updates were chosen on 200 images of
+`train` that were held out for it, with static masks and RigL only. One thread.
 """
 import argparse
 import functools
@@ -17,11 +16,10 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from fips_nb.demo import demo_images, demo_llm, demo_text
+from fips_nb.demo import demo_images
 from fips_nb.results import TRAINING, record
 from fips_nb.sparse_factors import Schedule
 from fips_nb.sparse_training import sparsify
-from fips_nb.text import perplexity
 from fips_nb.training import Course, train
 
 NAME = "05a_sparse_training"
@@ -110,38 +108,16 @@ def runs(task):
     if task == "mlp": yield dict(method="static", sparsity=.95, fresh=False)
 
 
-def language(method, sparsity=0., gamma=0., seed=0, steps=50, window=256, batch=4):
-    "One run on the text: `demo-llm`, its MLPs pruned, trained on."
-    model, tokenizer = demo_llm()
-    model, held = model.float(), demo_text("eval")
-    if method == "dense": return perplexity(model, tokenizer, held)
-    names = [n for n, m in model.named_modules() if type(m) is nn.Linear and ".mlp." in n]
-    moves = sparsify(model.train(), schedule(method, sparsity, steps, gamma, every=5), names, seed=seed)
-    gen = torch.Generator().manual_seed(seed)
-    ids = torch.tensor([t for d in demo_text("calib") for t in tokenizer(d)["input_ids"]])
-    starts = torch.randint(len(ids) - window - 1, (steps, batch), generator=gen)
-
-    def loss(model, j, epoch):
-        x = ids[starts[j][:, None] + torch.arange(window + 1)]
-        return F.cross_entropy(model(x[:, :-1]).logits.flatten(0, 1), x[:, 1:].flatten()), {}
-
-    trained = fit(model, loss, moves, Course(list(range(steps)), seed=seed), lr=1e-3)
-    figures = {k: v for k, v in perplexity(model.eval(), tokenizer, held).items() if k in ("perplexity", "n_tokens", "window")}
-    return figures | trained | masks(moves)
-
-
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("tasks", nargs="+", choices=[*TASKS, "llm"])
-    p.add_argument("--seeds", type=int, help="how many; default 3, and 1 for llm")
+    p.add_argument("tasks", nargs="+", choices=list(TASKS))
+    p.add_argument("--seeds", type=int, default=3)
     a = p.parse_args()
     torch.set_num_threads(1)
     for task in a.tasks:
-        for seed in range(a.seeds or (1 if task == "llm" else 3)):
-            ways = [dict(method=m, sparsity=.9) for m in ("static", "rigl", "gmp")]
-            ways += [dict(method="srigl", sparsity=.9, gamma=g) for g in (0., .3)]
-            for how in ([dict(method="dense"), *ways] if task == "llm" else runs(task)):
-                run = functools.partial(language if task == "llm" else functools.partial(digits, task), seed=seed, **how)
+        for seed in range(a.seeds):
+            for how in runs(task):
+                run = functools.partial(digits, task, seed=seed, **how)
                 row = record(NAME, dict(task=task, **how), run, CODE, seed)
                 print(task, seed, how, {k: round(v, 4) for k, v in row.items() if isinstance(v, float)}, flush=True)
 
