@@ -250,11 +250,14 @@ def _share(model, o, targets):
     return .5 if o.budget is None else o.budget, 'parameters'
 
 def _open_request(name, o, targets):
-    "Open the model `name`; its data are read later."
+    "Open the model `name`, if it is not open; its data are read later."
+    opened = name if isinstance(name, Opened) else None
+    if opened: name = opened.name
     _check_model(name, o)
     named = isinstance(name, (str, Path))
     device = _device(o.device or ('cpu' if named else next(name.parameters()).device))
-    opened = open_any(str(name), o.weights) if named else wrap_module(name, o.processor)
+    if opened is None:
+        opened = open_any(str(name), o.weights) if named else wrap_module(name, o.processor)
     share,count = _share(opened.model, o, targets)
     return Request(**vars(opened), device=device, share=share, count=count)
 
@@ -754,7 +757,7 @@ def _chosen(asked, o):
 
 # %% ../nbs/09_commands.ipynb #09-c091
 def compress(
-    model, # module; or 'demo-vit', 'demo-llm', a name of timm, a folder or name for transformers
+    model, # module; name of a demo or of timm; name or folder for transformers; or open_any's result
     calib=None, # path, texts, dataset, tensors, loader, batches, or a function; the demos have some
     out:str|Path|None=None, # folder to write the compressed model to; None writes nothing
     **options, # fields of CompressOptions; those of Config, and memory and moments of Run, too
