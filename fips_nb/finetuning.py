@@ -194,7 +194,7 @@ class Objective:
         x,y = self.views(j, epoch)
         if self.how.loss == 'blocks': return Blocks(self.dense, [x], self.blocks).loss(model, 0)
         terms,refs = [], {}
-        with precision(next(model.parameters()).device):
+        with precision(next(model.parameters()).device, cpu=False):
             out = predict(model, x)
             if self.how.loss != 'labels':
                 with torch.no_grad(): refs['the last layer'] = predict(self.dense, x)
