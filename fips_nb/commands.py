@@ -757,7 +757,7 @@ def _chosen(asked, o):
 
 # %% ../nbs/09_commands.ipynb #09-c091
 def compress(
-    model, # module; name of a demo or of timm; name or folder for transformers; or open_any's result
+    model, # module; name of a demo or of timm; name or folder for transformers; or an Opened
     calib=None, # path, texts, dataset, tensors, loader, batches, or a function; the demos have some
     out:str|Path|None=None, # folder to write the compressed model to; None writes nothing
     **options, # fields of CompressOptions; those of Config, and memory and moments of Run, too
