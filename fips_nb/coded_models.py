@@ -27,7 +27,8 @@ from .training import Course, Judge, check_loss, learning, split_batches, train
 from .budgets import check_names, operations_limit
 from .state import Progress, digest, fingerprint, open_state
 from .streaming import memory_advice, settle, share_tensors
-from .pipeline import Compressed, Run, check_model, forward_seconds, step_seconds
+from .pipeline import Compressed, Run, check_model, forward_seconds, seconds_of
+from .pipeline import step_seconds
 from .entropy_coding import encode
 
 # %% ../nbs/04h_coded_models.ipynb #04h-011
@@ -639,23 +640,20 @@ def _code_work(shape):
     "The same for coding it."
     return math.prod(shape) + 1e5
 
-def _once(W):
-    "Seconds of rounding a matrix, and of coding it, where costs are as uneven as they usually are."
+def _some_codes(W):
+    "A matrix rounded at costs that are as uneven as they usually are."
     g,c = (torch.logspace(-.4, .4, n) for n in W.shape)
-    start = time.perf_counter()
-    codes = round_weight(W, torch.diag(c), (W.std(correction=0).item() or 1.)/4, g)
-    rounded = time.perf_counter()
-    encode(codes)
-    return rounded - start, time.perf_counter() - rounded
+    return round_weight(W, torch.diag(c), (W.std(correction=0).item() or 1.)/4, g)
 
 def _pass_seconds(model, parts):
     "About how long rounding all parts once takes, and coding them, from one of middle size."
     shapes = sorted((p.shape for p in parts), key=_round_work)
     part = next(p for p in parts if p.shape == shapes[len(shapes)//2])
-    W = matrix_of(model, part).cpu()
-    _once(W[:8,:8]) # what is called first takes longer
-    return [took*sum(map(work, shapes))/work(part.shape)
-            for took,work in zip(_once(W), (_round_work, _code_work))]
+    W,made = matrix_of(model, part).cpu(), []
+    encode(_some_codes(W[:8,:8])) # what is called first takes longer
+    took = [seconds_of(lambda: made.append(_some_codes(W))), seconds_of(lambda: encode(made[0]))]
+    return [t*sum(map(work, shapes))/work(part.shape)
+            for t,work in zip(took, (_round_work, _code_work))]
 
 # %% ../nbs/04h_coded_models.ipynb #04h-06s
 def coding_seconds(

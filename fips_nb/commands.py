@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOG', 'DEFAULT', 'ROUNDING', 'AUTO', 'AUTO_BITS', 'KEPT_OUT', 'FitOptions', 'CompressOptions', 'make_options',
            'state_folder', 'Request', 'duration', 'compress', 'plan', 'EvaluateOptions', 'latency', 'check_measured',
-           'evaluate', 'measure', 'check_picture', 'plot_layers', 'info', 'bench', 'export']
+           'evaluate', 'measure', 'check_picture', 'info', 'bench', 'export']
 
 # %% ../nbs/09_commands.ipynb #09-c004
 import dataclasses
@@ -250,11 +250,14 @@ def _share(model, o, targets):
     return .5 if o.budget is None else o.budget, 'parameters'
 
 def _open_request(name, o, targets):
-    "Open the model `name`; its data are read later."
+    "Open the model `name`, if it is not open; its data are read later."
+    opened = name if isinstance(name, Opened) else None
+    if opened: name = opened.name
     _check_model(name, o)
     named = isinstance(name, (str, Path))
     device = _device(o.device or ('cpu' if named else next(name.parameters()).device))
-    opened = open_any(str(name), o.weights) if named else wrap_module(name, o.processor)
+    if opened is None:
+        opened = open_any(str(name), o.weights) if named else wrap_module(name, o.processor)
     share,count = _share(opened.model, o, targets)
     return Request(**vars(opened), device=device, share=share, count=count)
 
@@ -754,7 +757,7 @@ def _chosen(asked, o):
 
 # %% ../nbs/09_commands.ipynb #09-c091
 def compress(
-    model, # module; or 'demo-vit', 'demo-llm', a name of timm, a folder or name for transformers
+    model, # module; name of a demo or of timm; name or folder for transformers; or an Opened
     calib=None, # path, texts, dataset, tensors, loader, batches, or a function; the demos have some
     out:str|Path|None=None, # folder to write the compressed model to; None writes nothing
     **options, # fields of CompressOptions; those of Config, and memory and moments of Run, too
@@ -1060,37 +1063,6 @@ def check_picture(
     if not path.parent.is_dir():
         raise ValueError(f"there is no folder {path.parent} to write the picture to")
 
-_CODES = dict(bits='bits per weight', zeros='share of zeros', step='step')
-_SHAPES = dict(rank='rank', density='density', error='relative error')
-
-def _draw(axes, layers):
-    "A panel for each figure of `layers`, with a row for each of them."
-    shown = _CODES if (coded := 'bits' in layers[0]) else _SHAPES
-    for ax,(key,label) in zip(axes, shown.items()):
-        ax.plot([l.get(key) for l in layers], range(len(layers)), 'o', markersize=4)
-        ax.set_xlabel(label)
-        ax.grid(alpha=.3)
-    if coded: axes[-1].set_xscale('log')
-    axes[0].set_yticks(range(len(layers)), [l['name'] for l in layers], fontsize=7)
-    axes[0].invert_yaxis()
-
-def plot_layers(
-    layers:list, # of the report of a folder
-    path, # file to write
-    factors:list=(), # of the report, if factors were coded
-):
-    "Draw bits, zeros and steps of each coded matrix; and rank, density and error of factors."
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    if not layers: raise ValueError("the folder has no report of its layers to draw")
-    parts = [layers, *([factors] if factors else [])]
-    heights = [1 + .16*len(part) for part in parts]
-    fig = Figure(figsize=(9, sum(heights)), layout='constrained')
-    FigureCanvasAgg(fig)
-    rows = fig.subplots(len(parts), 3, sharey='row', squeeze=False, height_ratios=heights)
-    for axes,part in zip(rows, parts): _draw(axes, part)
-    fig.savefig(path)
-
 # %% ../nbs/09_commands.ipynb #09-c156
 def info(
     model:str|Path, # folder that compress wrote
@@ -1098,14 +1070,13 @@ def info(
 ) -> dict: # the report, with every layer, and the bytes on disk
     "Say what is in a compressed folder."
     from fips_nb.folder_format import folder_bytes, read_config
-    from fips_nb.model_cards import dense_params
+    from fips_nb.model_cards import dense_params, plot_layers
     path = Path(model)
     if not path.is_dir(): raise ValueError(f"there is no folder {path}; `fips compress` makes one")
     if plot: check_picture(plot)
     config = read_config(path)
     report,size = config.get('report') or {}, folder_bytes(path)
-    factors = (report.get('factors') or {}).get('layers') if plot else None
-    if plot: plot_layers(report.get('layers') or [], plot, factors or [])
+    if plot: plot_layers(report, plot)
     bits = dict(bits=8*size/n) if (n := dense_params(report)) else {}
     arch = config['arch'] or config['module']
     return dict(model=str(path), arch=arch, **report | dict(bytes=size, **bits))

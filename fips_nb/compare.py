@@ -167,7 +167,7 @@ def _row(name, o, opened, data, how, folder):
     "Compress the open model with the options `o` and measure it; how much worse it is, or why not."
     opened.model.cpu() # leaves the device to the compression
     given = {f.name: getattr(o, f.name) for f in dataclasses.fields(o) if f.name != 'fields'}
-    try: made = commands.compress(opened.name, out=folder, **given).report
+    try: made = commands.compress(opened, out=folder, **given).report
     except ValueError as e: return dict(setting=name, preset=o.preset, why=one_line(e))
     res = commands.measure(_open_beside(opened, folder), opened.model, data, how)
     loss,interval = _loss(res)

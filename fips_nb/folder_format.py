@@ -35,7 +35,7 @@ from . import __version__
 from .disk import recover, swapping
 from .schema import Count, Name, Size, conform, read_json, unique
 from .sparse_factors import factor_layers
-from .model_cards import CARD, is_card
+from .model_cards import CARD, PICTURE, is_own
 from .entropy_coding import Coded
 from .coded_models import coded_name, matrix_shape
 
@@ -338,15 +338,16 @@ def check_target(
     if not overwrite:
         raise FileExistsError(f"{folder} exists; choose another folder, or overwrite=True")
     names = sorted(_names(folder))
-    if foreign := [n for n in names if not FILES.fullmatch(n) and n != CARD]:
+    described = CARD, PICTURE
+    if foreign := [n for n in names if not FILES.fullmatch(n) and n not in described]:
         raise FileExistsError(f"{folder} holds {foreign[0]!r}, which is not part of a saved "
                               "model, and is left alone")
     if names and not is_ours(folder):
         raise FileExistsError(f"{folder} holds another program's files ({names[0]!r}), and is "
                               "left alone")
-    if CARD in names and not is_card((folder/CARD).read_text('utf-8', 'replace')):
-        raise FileExistsError(f"{folder/CARD} was written or changed by somebody, and is left "
-                              "alone; move it elsewhere first")
+    if changed := [n for n in names if n in described and not is_own(folder/n)]:
+        raise FileExistsError(f"{folder/changed[0]} was written or changed by somebody, and is "
+                              "left alone; move it elsewhere first")
 
 # %% ../nbs/07_folder_format.ipynb #07-046
 def swap_in(
@@ -354,7 +355,7 @@ def swap_in(
     overwrite:bool=False, # whether a saved model there may be replaced
 ): # context of a new folder
     "A new folder that takes the place of `folder` if all goes well, and vanishes otherwise."
-    ours = re.compile(f'{FILES.pattern}|{re.escape(CARD)}')
+    ours = re.compile('|'.join([FILES.pattern, re.escape(CARD), re.escape(PICTURE)]))
     return swapping(folder, ours, lambda: check_target(folder, overwrite))
 
 # %% ../nbs/07_folder_format.ipynb #07-054

@@ -14,7 +14,7 @@ from .sparse_factors import to_dense
 from .state import write_tensors
 from .pipeline import Compressed
 from . import own_modules, timm_folders
-from .model_cards import CARD, HUB_NAME, card
+from .model_cards import CARD, HUB_NAME, PICTURE, card, picture
 from .folder_format import check_target, dense_bytes, dtype_name, folder_bytes, main_dtype
 from .folder_format import read_config, swap_in
 
@@ -87,8 +87,10 @@ def _write_card(model, new):
     if not any(p.is_meta for p in model.parameters()): # accelerate lays tensors away
         sizes |= dict(dense=dense_bytes(model), dense_16=dense_bytes(model, torch.float16),
                       dtype=dtype_name(main_dtype(model.state_dict())))
-    text = card(read_config(new), type(model).__name__, sizes)
+    config = read_config(new)
+    text = card(config, type(model).__name__, sizes)
     (new/CARD).write_text(text, encoding='utf-8', newline='\n')
+    if drawn := picture(config): (new/PICTURE).write_bytes(drawn)
 
 # %% ../nbs/07e_hub.ipynb #07-050
 _PLACES = dict(timm=timm_folders, own=own_modules)

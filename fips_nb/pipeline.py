@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SVD', 'OVERHEAD', 'LEVEL', 'UPDATE', 'WHAT', 'LEVELS_NEEDED', 'Run', 'read_settings', 'check_model', 'check_stream',
            'choose_plans', 'count_rows', 'machine_rate', 'measured_rate', 'forward_operations', 'expected_operations',
-           'forward_seconds', 'step_seconds', 'expected_seconds', 'limit_distillation', 'Job', 'start_job', 'measure',
-           'GroupFactors', 'fit_plan', 'fit', 'adapt_ranks', 'put_in', 'fit_all', 'distil', 'round_factors',
-           'size_report', 'facts_table', 'Compressed', 'report_of', 'compress', 'look_ahead', 'blocks_of',
-           'stored_dtype']
+           'seconds_of', 'forward_seconds', 'step_seconds', 'expected_seconds', 'limit_distillation', 'Job',
+           'start_job', 'measure', 'GroupFactors', 'fit_plan', 'fit', 'adapt_ranks', 'put_in', 'fit_all', 'distil',
+           'round_factors', 'size_report', 'facts_table', 'Compressed', 'report_of', 'compress', 'look_ahead',
+           'blocks_of', 'stored_dtype']
 
 # %% ../nbs/03e_pipeline.ipynb #03e-003
 import contextlib
@@ -217,12 +217,16 @@ OVERHEAD = dict(moments=1.4, factors=1.7, blocks=2., distillation=2.) # time ove
 LEVEL,UPDATE = 2e-3, 4e-4 # seconds for a linear in each level, and in each step of distillation
 
 # %% ../nbs/03e_pipeline.ipynb #03e-21u
-def _timed(f, x):
-    "Seconds of `f(x)`, wherever it runs."
-    start = time.perf_counter()
-    f(x)
-    if torch.cuda.is_available(): torch.cuda.synchronize()
-    return time.perf_counter() - start
+def seconds_of(
+    f:Callable, # function without arguments, which was called before
+) -> float: # mean over the calls of a tenth of a second, at least one
+    "How long a call of `f` takes, wherever it runs."
+    start,n = time.perf_counter(), 0
+    while n == 0 or time.perf_counter() < start + .1:
+        f()
+        if torch.cuda.is_available(): torch.cuda.synchronize()
+        n += 1
+    return (time.perf_counter() - start)/n
 
 @torch.no_grad()
 def forward_seconds(
@@ -230,9 +234,9 @@ def forward_seconds(
     batch, # see feed
 ) -> float: # seconds
     "How long one batch takes through `model`."
-    run = lambda b: feed(model, b)
-    run(batch)
-    return _timed(run, batch)
+    run = lambda: feed(model, batch)
+    run()
+    return seconds_of(run)
 
 def step_seconds(
     model:nn.Module, # dense model, in eval mode
@@ -245,7 +249,7 @@ def step_seconds(
     learn = lambda j: teacher.loss(model, j)[0].backward()
     with learning(model, [p for p in model.parameters() if p.is_floating_point()]):
         learn(0)
-        return _timed(learn, 1)
+        return seconds_of(lambda: learn(1))
 
 # %% ../nbs/03e_pipeline.ipynb #03e-022
 def expected_seconds(

@@ -21,7 +21,7 @@ from fips_nb.results import record
 
 DATA = Path(os.environ.get("FIPS_NB_DATA", "."))
 CODE = ("coded_models.coding_seconds", "coded_models._pass_seconds", "pipeline.expected_seconds",
-        "pipeline.expected_operations", "pipeline.forward_seconds", "pipeline.step_seconds")
+        "pipeline.expected_operations", "pipeline.forward_seconds", "pipeline.step_seconds", "pipeline.seconds_of")
 WHERE = {
     "stories260k": ("stories260k", dict(calib="text/tinystories_calib.txt")),
     "vit_tiny_patch16_224": (None, dict(weights="vit_tiny/vit_tiny_patch16_224.safetensors", calib="imagenet_calib")),

@@ -87,7 +87,7 @@ def refused(result, *words, status=2):
 def test_compress_says_what_was_written(demo_out):
     out, said = demo_out
     assert said["out"] == str(out)
-    assert sorted(p.name for p in out.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert sorted(p.name for p in out.iterdir()) == ["README.md", "config.json", "layers.png", "model.safetensors"]
     assert not Path(f"{out}.state").exists()
     assert said["bytes"] == (out/"model.safetensors").stat().st_size
     assert said["dense_bytes"] == dense_bytes(demo_vit()) > said["dense_bytes_16"] > said["bytes"]
@@ -417,7 +417,7 @@ def test_overwrite_replaces_a_model(fips):
     before = json.loads(fips("info", "there", "--json")[1])
     assert fips(*words, "--budget", ".3", "--overwrite")[0] == 0
     assert json.loads(fips("info", "there", "--json")[1])["bytes"] < before["bytes"]
-    assert len(list(Path("there").iterdir())) == 3
+    assert len(list(Path("there").iterdir())) == 4
 
 
 def stop_at(monkeypatch, n, error):

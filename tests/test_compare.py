@@ -65,6 +65,23 @@ def test_a_share_of_the_parameters(fips):
     assert "setting 2 of 2: svd-llm" in err
 
 
+def test_the_model_is_opened_once_and_stays_as_it_was(monkeypatch):
+    "Settings share the dense model, which none of them changes."
+    opened, real = [], module.open_any
+
+    def open_any(*args):
+        opened.append(real(*args))
+        return opened[-1]
+
+    monkeypatch.setattr(module, "open_any", open_any)
+    monkeypatch.setattr(commands, "open_any", lambda *args: pytest.fail("opened again"))
+    compare("demo-vit", ["rounding:distill_epochs=1", "svd-llm"], bits=3., n_calib=40)
+    (dense, *folders), want = opened, dict(demo_vit().named_parameters())
+    assert dense.name == "demo-vit" and "demo-vit" not in [o.name for o in folders]
+    for k, p in dense.model.named_parameters():
+        assert torch.equal(p, want[k]) and p.requires_grad == want[k].requires_grad and p.grad is None, k
+
+
 @pytest.mark.parametrize("size", [dict(bits=3.), dict(target_bytes=148_001)])
 def test_a_size_of_the_file(fips, size):
     "Files are at most as large; a setting out of reach says why, and the next goes on."

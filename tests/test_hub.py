@@ -2,8 +2,11 @@
 import copy
 import hashlib
 import json
+import os
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -519,6 +522,31 @@ def test_cards(packed, tmp_path):
     same(load(m), load(tmp_path/"n")) # and it may say what it likes
 
 
+def test_pictures(packed, tmp_path):
+    "The same model gives the same picture, which counts in no size and is replaced only if nobody else drew it."
+    m = save(packed, tmp_path/"m")
+    drawn = (m/"layers.png").read_bytes()
+    assert "](layers.png)" in (m/"README.md").read_text() and len(drawn) < 30_000
+    assert (save(load(m), tmp_path/"n")/"layers.png").read_bytes() == drawn
+    assert folder_bytes(m) == (m/"model.safetensors").stat().st_size
+    save(packed, m, overwrite=True)
+    (m/"layers.png").write_bytes(b"mine")
+    with pytest.raises(FileExistsError, match="layers.png was written or changed"): save(packed, m, overwrite=True)
+    assert (m/"layers.png").read_bytes() == b"mine"
+    same(load(m), load(tmp_path/"n"))
+    plain = save(packed, tmp_path/"plain", report=dict(preset="svd")) # a report without layers
+    assert not (plain/"layers.png").exists() and "layers.png" not in (plain/"README.md").read_text()
+
+
+def test_a_picture_needs_no_display_and_leaves_no_state(packed, tmp_path):
+    code = ("import sys; from fips_nb.hub import load, save; save(load(sys.argv[1]), sys.argv[2]); "
+            "assert 'matplotlib.pyplot' not in sys.modules")
+    m, env = save(packed, tmp_path/"m"), {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "MPLBACKEND")}
+    res = subprocess.run([sys.executable, "-c", code, m, tmp_path/"n"], capture_output=True, text=True, env=env)
+    assert res.returncode == 0, res.stderr
+    assert (tmp_path/"n/layers.png").is_file()
+
+
 def test_base_model_of_a_card(tmp_path):
     "The command line says where weights came from; nobody else does for models of timm."
     m = factored(timm.create_model("vit_tiny_patch16_224", depth=1), quick=True)
@@ -662,8 +690,8 @@ def test_tensors_that_do_not_fit(change, match, folder):
     with pytest.raises(ValueError, match=match): load(folder)
 
 
-def test_only_three_files_without_pickle(folder):
-    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+def test_only_four_files_without_pickle(folder):
+    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "config.json", "layers.png", "model.safetensors"]
     assert json.loads((folder/"config.json").read_text())["format"] == "fips_nb"
     shutil.move(folder, folder.parent/"moved")
     same(load(folder.parent/"moved"), load(str(folder.parent/"moved")))
