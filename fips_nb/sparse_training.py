@@ -59,6 +59,7 @@ def sparsify(
 def condense(
     model:nn.Module, # trained with the pruner; changed in place, in eval mode afterwards
     pruner:Pruner, # from sparsify
+    kind:str='condensed', # another format of packing
 ) -> nn.Module: # model
     "Replace the linears that `pruner` has trained by condensed layers for inference."
     mine = {id(p) for p in pruner.params}
@@ -70,4 +71,4 @@ def condense(
     for n,m in found.items():
         V = m.weight.detach().T.contiguous() # (in, out)
         model.set_submodule(n, FactorLinear(None, V, 'up', m.bias))
-    return pack(model, dict.fromkeys(found, 'condensed'))
+    return pack(model, dict.fromkeys(found, kind))
