@@ -216,19 +216,19 @@ def _depends(net, job, how, o):
     return settings | follow | dict(data=digest_of(map(parts, job.batches)))
 
 def _tune_codes(net, job, objective, o, run, kept):
-    "Train a coded model while it is rounded."
+    "A copy that is trained while it is rounded."
     from fips_nb.coded_models import read_codes, tune_codes
     out,_ = tune_codes(net, objective, read_codes(net, job.report['alpha']), o.lr, run, kept)
     return out
 
 def _tune_factors(net, objective, run, kept):
-    "Train factors, and round them to the dtype that they are stored in."
+    "A copy whose factors are trained, and rounded to the dtype that they are stored in."
     from fips_nb.finetuning import tune
     from fips_nb.folder_format import layer_groups, value_dtype_of
     from fips_nb.pipeline import round_factors
-    dtype = value_dtype_of(layer_groups(net))
-    tune(net, objective, run, kept)
-    return round_factors(net, dtype)
+    out,dtype = copy.deepcopy(net), value_dtype_of(layer_groups(net))
+    tune(out, objective, run, kept)
+    return round_factors(out, dtype)
 
 # %% ../nbs/09_finetune_folders.ipynb #09f-032
 _WHAT = dict(outputs='the outputs of {}', labels='labels', both='labels and the outputs of {}',
@@ -270,6 +270,7 @@ def _train(job, o, state):
     net = copy.deepcopy(job.opened.model).to(job.device)
     loss = _loss(job, o)
     classes = _put_head(net, job, o.seed) if o.new_head else None
+    if classes and job.rest != 'keep': net = round_rest(net)
     objective = _objective(net, job, loss, o)
     wide = lambda m: objective.held_loss(share_tensors(m, wide=True))
     before,(line,seconds) = wide(net), _promise(net, job, objective, o)
@@ -278,13 +279,15 @@ def _train(job, o, state):
     depends = {} if state is None else _depends(net, job, objective.how, o)
     with open_state(state, depends, (), o.resume) as s:
         kept = Progress(s.path('distillation'), s.run)
-        if job.coded: net = _tune_codes(net, job, objective, o, run, kept)
-        else: net = _tune_factors(net, objective, run, kept)
-    if job.rest != 'keep': net = round_rest(net)
-    after,how = wide(net), objective.how
-    notes = [] if after < before else ["no epoch was better on the held-out data; the model is as "
-                                       "it was"]
-    return net.to(home), dict(loss=how.loss, epochs=how.epochs, masks=how.masks, classes=classes,
+        if job.coded: out = _tune_codes(net, job, objective, o, run, kept)
+        else: out = _tune_factors(net, objective, run, kept)
+    if job.rest != 'keep': out = round_rest(out)
+    after,how,notes = wide(out), objective.how, []
+    if not after < before:
+        out,after = net, before
+        notes = ["no epoch was better on the held-out data after rounding, and the model is as it "
+                 "was; more epochs or another lr may help"]
+    return out.to(home), dict(loss=how.loss, epochs=how.epochs, masks=how.masks, classes=classes,
                               n=job.n, unit=job.unit, before=before, after=after,
                               expected_seconds=float(f'{seconds:.3g}'), notes=notes)
 
