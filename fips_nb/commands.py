@@ -1014,7 +1014,8 @@ def check_measured(
     if data is None and (first not in _DEMOS or _has_own_head(config)):
         more = ' (labelled, if it has classes)' if kind == 'images' else ''
         raise ValueError(f"{first} needs {what} to be {why} on: --data {where}{more}")
-    return str(data or _DEMOS[first])
+    if data is None: return _DEMOS[first]
+    return str(data) if isinstance(data, (str, Path)) else type(data).__name__
 
 def _check_alone(opened, dense):
     "Refuse an encoder without the dense one."
