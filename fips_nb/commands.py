@@ -519,6 +519,7 @@ def clear_run(
     (state/'plan.json').unlink(missing_ok=True)
     clear_state(state, remove=True)
 
+# %% ../nbs/09_commands.ipynb #09-c081
 _NO_MATTER = ('resume', 'overwrite', 'progress', 'tell', 'device', 'processor') # to the result
 
 def request_mark(
@@ -792,7 +793,7 @@ def _chosen(asked, o):
 
 # %% ../nbs/09_commands.ipynb #09-c091
 def compress(
-    model, # module; name of a demo or of timm; name or folder for transformers; or open_any's result
+    model, # module; name of a demo or of timm; name or folder for transformers; or an Opened
     calib=None, # path, texts, dataset, tensors, loader, batches, or a function; the demos have some
     out:str|Path|None=None, # folder to write the compressed model to; None writes nothing
     **options, # fields of CompressOptions; those of Config, and memory and moments of Run, too
@@ -929,6 +930,7 @@ def source_of(
     "Read what a compressed folder says of the model it came from."
     return ((config or {}).get('report') or {}).get('source') or {}
 
+# %% ../nbs/09_commands.ipynb #09-c120
 def _has_own_head(config):
     "Whether a folder was fine-tuned on classes of its own."
     tuned = ((config or {}).get('report') or {}).get('finetuned') or {}

@@ -194,7 +194,7 @@ class Objective:
         x,y = self.views(j, epoch)
         if self.how.loss == 'blocks': return Blocks(self.dense, [x], self.blocks).loss(model, 0)
         terms,refs = [], {}
-        with precision(next(model.parameters()).device):
+        with precision(next(model.parameters()).device, cpu=False):
             out = predict(model, x)
             if self.how.loss != 'labels':
                 with torch.no_grad(): refs['the last layer'] = predict(self.dense, x)
@@ -237,6 +237,7 @@ def _check_labels(deck, out, x, y):
         raise ValueError(f"label {bad[0].item()} is not one of the {k} classes of the head (0 to "
                          f"{k - 1}); data with other classes need a new head, see new_head")
 
+# %% ../nbs/03g_finetuning.ipynb #03g-05c
 @torch.no_grad()
 def _check(model, dense, deck, how, blocks):
     "Refuse what does not fit together; the kind of divergence, and the classes of the head."

@@ -98,13 +98,15 @@ def _loss(report, library):
            'Measure the module on your own data.')
     return [f'{said} {how}', *_tuned(report)]
 
+# %% ../nbs/06a_model_cards.ipynb #06a-c034
 _LEARNT = dict(outputs="the dense model's outputs", labels='the labels of the data',
                both="labels and the dense model's outputs", blocks="the dense model's blocks")
 
 def _tuned(report):
     "Sentences on fine-tuning."
     if not (tuned := _part(report, 'finetuned')): return []
-    n,epochs,classes,a,b = (_number(tuned, k) for k in ('n', 'epochs', 'classes', 'before', 'after'))
+    keys = ('n', 'epochs', 'classes', 'before', 'after')
+    n,epochs,classes,a,b = (_number(tuned, k) for k in keys)
     said = f"All parameters were then fine-tuned on {_LEARNT.get(str(tuned.get('loss')), 'a loss')}"
     if n is not None: said += f", with {n:,} {code_span(tuned.get('unit'))}"
     if tuned.get('data'): said += f" of {code_span(tuned['data'])}"

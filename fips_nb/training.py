@@ -201,11 +201,13 @@ _DTYPES = dict(fp16=torch.float16, bf16=torch.bfloat16)
 
 def precision(
     device, # where the model is
+    cpu=True, # also on CPUs, where casts may take longer than the products save
 ):
     "The autocast that accelerate was launched with, or bfloat16 where it is native."
     asked = AcceleratorState().mixed_precision if is_initialized() else 'no'
     if asked in _DTYPES: return torch.autocast(device.type, _DTYPES[asked])
-    return torch.autocast(device.type, torch.bfloat16, enabled=fast_autocast(device))
+    fast = (cpu or device.type != 'cpu') and fast_autocast(device)
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 @contextlib.contextmanager
 def _accelerator(together):
