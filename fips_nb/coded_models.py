@@ -587,6 +587,7 @@ class _Sized(Judge):
         self.codes.put(self.model)
         for p,q in zip(self.rest, self.best[n:]): p.copy_(q)
 
+# %% ../nbs/04h_coded_models.ipynb #04h-05r
 class _Rounding:
     "What moves while codes are distilled: weights are rounded before each forward."
     def __init__(self, lives, price, n):

@@ -21,7 +21,7 @@ from .models import Opened, kind_of, open_any, wrap_module
 @dataclass(frozen=True)
 class FinetuneOptions:
     "Options of `finetune`."
-    loss:str|None=None # 'outputs', 'labels', 'both', 'blocks'; None: outputs of a dense model at hand
+    loss:str|None=None # outputs (of a dense model at hand, the default), labels, both, blocks
     epochs:int=10 # passes over the data
     lr:float|None=None # first learning rate; None takes 5e-4, and for codes what suits the epochs
     views:str|None=None # of images: 'none', 'crops', 'strong'; None takes crops
@@ -115,7 +115,7 @@ def _open_folder(name, data, o):
     if not Path(name).is_dir():
         raise ValueError(f"{name} is no folder of a compressed model; `fips compress MODEL --out "
                          "DIR` makes one")
-    config,given = folder_config(name), isinstance(o.dense, (str, Path, type(None)))
+    config,named = folder_config(name), isinstance(o.dense, (str, Path, type(None)))
     if config is None:
         raise ValueError(f"{name} is not compressed; `fips compress {name} --out DIR` makes a "
                          "folder that can be fine-tuned")
@@ -123,8 +123,9 @@ def _open_folder(name, data, o):
         raise ValueError(f"{name} has its own processor; processor= is for modules")
     check_measured(name, kind_of(name), config, data, o, 'trained')
     device = find_device(o.device or 'cpu')
-    opened,dense,beside = open_pair(name, config, o if given else dataclasses.replace(o, dense=None))
-    if not given: dense,beside = o.dense, type(o.dense).__name__
+    asked = o if named else dataclasses.replace(o, dense=None)
+    opened,dense,beside = open_pair(name, config, asked)
+    if not named: dense,beside = o.dense, type(o.dense).__name__
     return _Job(opened, config.get('report') or {}, dense, beside, device, name)
 
 # %% ../nbs/09_finetune_folders.ipynb #09f-022
