@@ -235,7 +235,7 @@ def _check_labels(deck, out, x, y):
     y = all_labels(deck.batches)
     if len(bad := y[(y < 0) | (y >= k)]):
         raise ValueError(f"label {bad[0].item()} is not one of the {k} classes of the head (0 to "
-                         f"{k - 1}); data with other classes need a new head, see new_head")
+                         f"{k - 1}); data with other classes need a new head: --new-head")
 
 # %% ../nbs/03g_finetuning.ipynb #03g-05c
 @torch.no_grad()
