@@ -304,8 +304,28 @@ class _Images:
             xs = list(pool.map(partial(_decode, self.transform), [p for p,_ in items]))
         return [(x, y) for x,(_,y) in zip(xs, items) if torch.is_tensor(x)]
 
+# %% ../nbs/04b_images.ipynb #04b-c02a
+class _Counted:
+    "How many images there are, and which were left out."
+    @property
+    def unreadable(self):
+        "Names of the images that were left out; None before the first pass."
+        return self._images.unreadable
+
+    @property
+    def n(self):
+        "Images that can be read, as far as that is known."
+        return len(self.items) - len(self.unreadable or [])
+
+    def read(self):
+        "Decode now what fits into memory; gives the batches themselves."
+        self._images.read()
+        return self
+
+    def __len__(self): return -(-self.n//self.batch_size)
+
 # %% ../nbs/04b_images.ipynb #05-021
-class ImageBatches:
+class ImageBatches(_Counted):
     "Batches `(x, y)`, or `x` where labels are missing, as often as they are asked for."
     def __init__(self,
         items:list, # from find_images
@@ -321,23 +341,6 @@ class ImageBatches:
         self.items,self.batch_size = pick_items(items, n, seed), batch_size
         self.labelled = all(y is not None for _,y in self.items)
         self._images = _Images(self.items, transform, keep, progress)
-
-    @property
-    def unreadable(self):
-        "Names of the images that were left out; None before the first pass."
-        return self._images.unreadable
-
-    def read(self):
-        "Decode now what fits into memory; gives the batches themselves."
-        self._images.read()
-        return self
-
-    @property
-    def n(self):
-        "Images that can be read, as far as that is known."
-        return len(self.items) - len(self.unreadable or [])
-
-    def __len__(self): return -(-self.n//self.batch_size)
 
     def _batch(self, pairs):
         x = torch.stack([x for x,_ in pairs])
