@@ -1,7 +1,7 @@
 __version__ = "0.1.0"
 
 _HOME = dict(compress="commands", save="hub", load="hub", evaluate="evaluation", code_model="coded_models",
-             hold_as="coded_memory")
+             hold_as="coded_memory", finetune="finetune_folders")
 __all__ = [*_HOME]
 
 

@@ -7,7 +7,7 @@ __all__ = ['SMALL', 'PLAIN', 'EVEN', 'SOFTEN', 'GUARD', 'SPARE_BYTES', 'SAMPLE',
            'WEIGHT', 'EPOCHS', 'Part', 'matrix_shape', 'find_parts', 'Cost', 'measure_costs', 'matrix_of', 'Rounder',
            'coded_name', 'file_bytes', 'stored_bytes', 'bits_to_bytes', 'dense_params', 'check_bytes', 'Rounded',
            'round_to_bytes', 'distill_codes', 'coding_seconds', 'coding_bytes', 'expert_rows', 'expert_notes', 'passes',
-           'coding_ahead', 'layer_rates', 'bits_report', 'code_model']
+           'coding_ahead', 'layer_rates', 'bits_report', 'code_model', 'read_codes', 'tune_codes', 'codes_seconds']
 
 # %% ../nbs/04h_coded_models.ipynb #04h-004
 import copy, dataclasses, json, math, sys, time, warnings
@@ -29,7 +29,8 @@ from .state import Progress, digest, fingerprint, open_state
 from .streaming import memory_advice, settle, share_tensors
 from .pipeline import Compressed, Run, check_model, forward_seconds, seconds_of
 from .pipeline import step_seconds
-from .entropy_coding import encode
+from .finetuning import Objective, tuning_seconds
+from .entropy_coding import Coded, encode
 
 # %% ../nbs/04h_coded_models.ipynb #04h-011
 SMALL = 1024 # entries; smaller tensors are not coded, unless they are factors
@@ -586,6 +587,7 @@ class _Sized(Judge):
         self.codes.put(self.model)
         for p,q in zip(self.rest, self.best[n:]): p.copy_(q)
 
+# %% ../nbs/04h_coded_models.ipynb #04h-05r
 class _Rounding:
     "What moves while codes are distilled: weights are rounded before each forward."
     def __init__(self, lives, price, n):
@@ -951,3 +953,41 @@ def code_model(
                   seconds=time.perf_counter() - start, seconds_by_phase=job.seconds,
                   layers=layer_rates(got.codes))
     return Compressed(out, report)
+
+# %% ../nbs/04h_coded_models.ipynb #04h-081
+def read_codes(
+    model:nn.Module, # with fips_codes
+    alpha:float, # that they were made with, see round_weight; of the report
+) -> Rounded: # that may take no more than it does
+    "The codes of a coded model."
+    shape = lambda k: matrix_shape(tuple(model.get_parameter(k).shape))
+    codes = {k: Coded(data, shape(k)).codes() for k,data in model.fips_codes.items()}
+    sizes = {k: len(data) for k,data in model.fips_codes.items()}
+    return Rounded(codes, alpha, stored_bytes(model, sizes))
+
+def tune_codes(
+    model:nn.Module, # with fips_codes; it is not changed
+    objective:Objective, # what it learns
+    start:Rounded, # from read_codes
+    lr:float|None=None, # first learning rate of the codes, in steps; None asks distill_codes
+    run:Run=Run(), # seed and progress
+    state=None, # keeps the progress of each epoch: load() and save(tensors, epoch)
+) -> tuple[nn.Module,list]: # coded copy, and held-out losses at first and after each epoch
+    "Fine-tune a coded model while it is rounded, to a file that is no larger."
+    how = Distillation(objective.how.epochs, lr, held_out=objective.how.held_out)
+    student = start.put(copy.deepcopy(_wide(model)))
+    got,losses = distill_codes(student, objective, start, how, run, state)
+    out = got.put(settle(student, model))
+    out.fips_codes = {k: encode(c) for k,c in got.codes.items()}
+    return out, losses
+
+def codes_seconds(
+    model:nn.Module, # with fips_codes
+    objective:Objective, # what it learns
+    start:Rounded, # from read_codes
+) -> float: # seconds
+    "About how long `tune_codes` takes."
+    n = sum(c.codes.numel() for c in start.codes.values())
+    look = LOOK*seconds_of(lambda: [encode(c) for c in start.codes.values()])
+    update = MATRIX*len(start.codes) + WEIGHT*n
+    return tuning_seconds(model, objective, update) + (1 + objective.how.epochs)*look

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'VIEWS', 'MIXUP', 'CUTMIX', 'Tuning', 'split_labels', 'Deck', 'Views', 'next_tokens', 'label_loss',
-           'Objective', 'finetune', 'new_head']
+           'Objective', 'all_labels', 'make_objective', 'tune', 'finetune', 'tuning_seconds', 'new_head']
 
 # %% ../nbs/03g_finetuning.ipynb #03g-003
-import math
+import copy, math
 from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
 from .augmentation import crops, pixel_range, three_augment
 from .distillation import Blocks, loss_kind, output_loss, predict
-from .pipeline import Run
+from .pipeline import Run, seconds_of
 from .sparse_factors import Pruner, Schedule, factor_layers
 from .statistics import feed
 from .training import Course, Judge, learning, precision, split_batches, train
@@ -203,7 +203,24 @@ class Objective:
             terms.append(label_loss(out, next_tokens(x) if y is None else y))
         return sum(terms)/len(terms), refs
 
+    @torch.no_grad()
+    def held_loss(self,
+        model, # that learns
+    ) -> float|None: # None where nothing is held out
+        "Mean loss of the batches that are held out, as they are."
+        held = self.views.deck.held
+        return sum(self.loss(model, j)[0].item() for j in held)/len(held) if held else None
+
 # %% ../nbs/03g_finetuning.ipynb #03g-056
+def all_labels(
+    batches, # a list, or ImageBatches, with labels
+) -> torch.Tensor: # class numbers (rows,)
+    "The labels of all batches."
+    if hasattr(batches, 'items'): y = torch.tensor([y for _,y in batches.items])
+    else: y = torch.cat([torch.as_tensor(split_labels(b)[1]) for b in batches])
+    if y.is_floating_point() or y.ndim != 1: raise ValueError("labels are class numbers (rows,)")
+    return y
+
 def _check_labels(deck, out, x, y):
     "Refuse data without labels, or with labels that the head does not have."
     k = out.shape[-1]
@@ -215,13 +232,12 @@ def _check_labels(deck, out, x, y):
         if out.ndim != 3 or out.shape[:2] != (len(tokens), tokens.shape[1] + 1):
             raise ValueError("padded texts have no labels here; use windows of one length")
         return
-    if hasattr(deck.batches, 'items'): y = torch.tensor([y for _,y in deck.batches.items])
-    else: y = torch.cat([torch.as_tensor(split_labels(b)[1]) for b in deck.batches])
-    if y.is_floating_point() or y.ndim != 1: raise ValueError("labels are class numbers (rows,)")
+    y = all_labels(deck.batches)
     if len(bad := y[(y < 0) | (y >= k)]):
         raise ValueError(f"label {bad[0].item()} is not one of the {k} classes of the head (0 to "
                          f"{k - 1}); data with other classes need a new head, see new_head")
 
+# %% ../nbs/03g_finetuning.ipynb #03g-05c
 @torch.no_grad()
 def _check(model, dense, deck, how, blocks):
     "Refuse what does not fit together; the kind of divergence, and the classes of the head."
@@ -237,6 +253,19 @@ def _check(model, dense, deck, how, blocks):
                          f"{tuple(out.shape)}; it is another model, or has another head")
     return loss_kind(dense, feed(dense, x)), out.shape[-1]*(how.loss == 'both')
 
+def make_objective(
+    model:nn.Module, # that will learn
+    batches, # a list, see feed, or ImageBatches; labels come second in a tuple
+    dense:nn.Module|None=None, # model to follow; None where only labels count
+    how:Tuning=Tuning(), # loss, views, held-out batches
+    blocks=(), # names of blocks, for the loss of blocks
+    seed:int=0, # of orders and views
+) -> Objective:
+    "Make the loss of a run, and refuse what does not fit together."
+    deck = Deck(batches, how.held_out, seed)
+    kind,classes = _check(model, dense, deck, how, blocks)
+    return Objective(Views(deck, how, classes), dense, how, kind, blocks)
+
 # %% ../nbs/03g_finetuning.ipynb #03g-060
 def _pruner(model, how, updates):
     "The masks of all projections."
@@ -244,6 +273,29 @@ def _pruner(model, how, updates):
     if how.masks == 'keep' or not Vs: return [Pruner(Vs, Schedule(method='keep'))]
     densities = [(V != 0).float().mean().item() for V in Vs]
     return [Pruner(Vs, Schedule(steps=updates, method='rigl'), densities)]
+
+def tune(
+    model:nn.Module, # changed in place
+    objective:Objective, # what it learns
+    run:Run=Run(), # seed and progress
+    state=None, # keeps the progress of each epoch: load() and save(tensors, epoch)
+) -> dict: # losses of the epochs, and held_out: at first and after each
+    "Train all parameters of a compressed model; the epoch that is best on held-out data stays."
+    how,deck = objective.how, objective.views.deck
+    ps = [p for p in model.parameters() if p.is_floating_point()]
+    dtypes = [p.dtype for p in ps]
+    model.float()
+    opt = torch.optim.AdamW(ps, lr=how.lr, weight_decay=0., betas=(.9, .98))
+    course = Course(deck.numbers, how.epochs, seed=run.seed, together=how.together,
+                    label='fine-tuning' if run.progress else '')
+    judge = Judge(ps, (lambda: objective.held_loss(model)) if deck.held else None)
+    try:
+        with learning(model, ps):
+            losses = train(model, objective.loss, opt, course,
+                           _pruner(model, how, course.updates()[1]), judge, state)
+    finally:
+        for p,d in zip(ps, dtypes): p.data = p.data.to(d)
+    return dict(losses=losses, held_out=judge.losses)
 
 def finetune(
     model:nn.Module, # changed in place
@@ -254,25 +306,27 @@ def finetune(
     run:Run=Run(), # seed and progress
     state=None, # keeps the progress of each epoch: load() and save(tensors, epoch)
 ) -> dict: # losses of the epochs, and held_out: at first and after each
-    "Train all parameters of a compressed model; the epoch that is best on held-out data stays."
-    deck = Deck(batches, how.held_out, run.seed)
-    kind,classes = _check(model, dense, deck, how, blocks)
-    objective = Objective(Views(deck, how, classes), dense, how, kind, blocks)
-    ps = [p for p in model.parameters() if p.is_floating_point()]
-    dtypes = [p.dtype for p in ps]
-    model.float()
-    opt = torch.optim.AdamW(ps, lr=how.lr, weight_decay=0., betas=(.9, .98))
-    course = Course(deck.numbers, how.epochs, seed=run.seed, together=how.together,
-                    label='fine-tuning' if run.progress else '')
-    mean = lambda: sum(objective.loss(model, j)[0].item() for j in deck.held)/len(deck.held)
-    judge = Judge(ps, mean if deck.held else None)
-    try:
-        with learning(model, ps):
-            losses = train(model, objective.loss, opt, course,
-                           _pruner(model, how, course.updates()[1]), judge, state)
-    finally:
-        for p,d in zip(ps, dtypes): p.data = p.data.to(d)
-    return dict(losses=losses, held_out=judge.losses)
+    "Check what was given, and `tune`."
+    return tune(model, make_objective(model, batches, dense, how, blocks, run.seed), run, state)
+
+# %% ../nbs/03g_finetuning.ipynb #03g-06a
+def tuning_seconds(
+    model:nn.Module, # that will learn
+    objective:Objective, # what it learns
+    more:float=0., # seconds of an update beside loss, gradients and Adam
+) -> float: # seconds of all epochs
+    "About how long `tune` takes, from the time of one update."
+    deck,net = objective.views.deck, copy.deepcopy(model).float()
+    j = deck.numbers[0]
+    opt = torch.optim.AdamW(net.parameters(), lr=0.)
+    def update():
+        objective.loss(net, j, 0)[0].backward()
+        opt.step()
+        opt.zero_grad()
+    with learning(net, [p for p in net.parameters() if p.is_floating_point()]):
+        update()
+        took = seconds_of(update) + more
+    return objective.how.epochs*took*(len(deck.numbers) + len(deck.held)/2)
 
 # %% ../nbs/03g_finetuning.ipynb #03g-066
 def _head(model):

@@ -96,7 +96,24 @@ def _loss(report, library):
                 "other data the model may lose more.")
     how = ('`fips eval` measures the model on your data.' if library else
            'Measure the module on your own data.')
-    return [f'{said} {how}']
+    return [f'{said} {how}', *_tuned(report)]
+
+# %% ../nbs/06a_model_cards.ipynb #06a-c034
+_LEARNT = dict(outputs="the dense model's outputs", labels='the labels of the data',
+               both="labels and the dense model's outputs", blocks="the dense model's blocks")
+
+def _tuned(report):
+    "Sentences on fine-tuning."
+    if not (tuned := _part(report, 'finetuned')): return []
+    keys = ('n', 'epochs', 'classes', 'before', 'after')
+    n,epochs,classes,a,b = (_number(tuned, k) for k in keys)
+    said = f"All parameters were then fine-tuned on {_LEARNT.get(str(tuned.get('loss')), 'a loss')}"
+    if n is not None: said += f", with {n:,} {code_span(tuned.get('unit'))}"
+    if tuned.get('data'): said += f" of {code_span(tuned['data'])}"
+    if epochs is not None: said += f", in {epochs:,} epochs"
+    if None not in (a, b): said += f"; the loss on held-out data went from {a:.4f} to {b:.4f}"
+    own = '' if classes is None else f" It has a new head for {classes:,} classes."
+    return ['', f'{said}.{own}']
 
 # %% ../nbs/06a_model_cards.ipynb #06a-c041
 _DENSE = dict(model_params=1, mlp_dense_params=1, mlp_params=-1)

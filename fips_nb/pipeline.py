@@ -589,6 +589,13 @@ def _facts(r):
                   'seconds taken': f"{r['seconds']:,.1f}"}
 
 # %% ../nbs/03e_pipeline.ipynb #03e-057
+def _tuned(t):
+    "What the report of fine-tuning says in a few lines, name -> text."
+    return {'learned from': f"{t['loss']}, {t['n']:,} {t['unit']}, {t['epochs']} epochs",
+            'held-out loss before': f"{t['before']:.4g}", 'after': f"{t['after']:.4g}",
+            'seconds expected': f"{t['expected_seconds']:,.1f}",
+            'seconds taken': f"{t['seconds']:,.1f}"}
+
 @dataclass
 class Compressed:
     "A compressed `model` and the `report` of how it was made."
@@ -597,6 +604,7 @@ class Compressed:
 
     def __repr__(self):
         r = self.report
+        if t := r.get('finetuned'): return '; '.join(f'{k}: {v}' for k,v in _tuned(t).items())
         if 'coded_bytes' in r:
             return (f"{r['preset']}: {r['bits']:.3f} bits per parameter, {r['coded_bytes']:,} "
                     f"bytes, {r['seconds']:.0f} s")
@@ -607,6 +615,8 @@ class Compressed:
                 f"{r['seconds']:.0f} s")
 
     def _repr_markdown_(self):
+        if t := self.report.get('finetuned'):
+            return facts_table('fine-tuned', _tuned(t), t['notes'])
         return facts_table(self.report['preset'], _facts(self.report), self.report['notes'])
 
 def report_of(

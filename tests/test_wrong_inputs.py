@@ -92,13 +92,31 @@ bench demo-vit --batch many
 bench demo-vit --prefer best
 export nowhere --out x
 export empty --out x
+finetune
+finetune nowhere --out x
+finetune demo-vit --out x
+finetune empty --out x
+finetune junk --out x
+finetune text.txt --out x
+finetune nowhere --out x --epochs 0
+finetune nowhere --out x --lr 0
+finetune nowhere --out x --lr fast
+finetune nowhere --out x --loss best
+finetune nowhere --out x --smoothing 1
+finetune nowhere --out x --views none --masks set
+finetune nowhere --out x --batch-size 0
+finetune nowhere --out x --n 0
+finetune nowhere --out x --new-head --loss outputs
+finetune nowhere --out x --loss labels --weights a.pt
+finetune nowhere --out mine
 compare demo-vit rounding --bits 4
 compare demo-vit rounding fisp --bits 4
 compare demo-vit rounding rounding --bits 4
 compare demo-vit rounding pruning
 """.splitlines()
 SAYS = {"50%": "write 0.5", "/proc/x/y": "name another --out", "--batch many": "no list like 1,16", "demo-vti": "nearest are demo-vit",
-        "./no_dir": "there is no folder ./no_dir", "--bits 4 --budget .5": "name a --preset of factors"}
+        "./no_dir": "there is no folder ./no_dir", "--bits 4 --budget .5": "name a --preset of factors",
+        "finetune demo-vit": "`fips compress MODEL --out DIR` makes one"}
 
 
 @pytest.fixture
