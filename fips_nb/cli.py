@@ -263,7 +263,7 @@ def _add_finetune(sub):
     _option(q, '--dense', "the dense model of transformers to follow; of a timm model --weights "
             "says which", metavar='MODEL')
     _option(q, '--epochs', "passes over the data (default 10)", type=int, metavar='N')
-    _option(q, '--lr', "first learning rate (default 5e-4; of codes it counts steps of a code, and "
+    _option(q, '--lr', "first learning rate (default 1e-4; of codes it counts steps of a code, and "
             "follows from the updates)", type=_number, metavar='X')
     _view_options(q)
     _option(q, '--n', "images, spread over the classes (default: all), or windows of text "

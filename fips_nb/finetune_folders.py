@@ -23,7 +23,7 @@ class FinetuneOptions:
     "Options of `finetune`."
     loss:str|None=None # outputs (of a dense model at hand, the default), labels, both, blocks
     epochs:int=10 # passes over the data
-    lr:float|None=None # first learning rate; None takes 5e-4, and for codes what suits the epochs
+    lr:float|None=None # first learning rate; None takes 1e-4, and for codes what suits the epochs
     views:str|None=None # of images: 'none', 'crops', 'strong'; None takes crops
     mix:bool=False # mix images, and their labels, by mixup or cutmix
     smoothing:float|None=None # of labels; None takes 0.1

@@ -28,7 +28,7 @@ class Tuning:
     "How `finetune` trains."
     loss:str='outputs' # one of LOSSES: of the dense model, or of the data
     epochs:int=10 # passes over the data
-    lr:float=5e-4 # first learning rate of Adam
+    lr:float=1e-4 # first learning rate of Adam
     views:str='crops' # of images, one of VIEWS; 'strong' is 3-Augment
     mix:bool=False # mix images, and their labels, by mixup or cutmix
     smoothing:float=.1 # of labels
