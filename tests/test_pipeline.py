@@ -614,11 +614,3 @@ def test_distillation_improves_what_it_matches():
     blocks = [m.block for m in find_mlps(model)]
     losses = distill_blocks(start, model, bs, blocks, Schedule(steps=60, method="keep"))
     assert sum(losses[-8:]) < .7*sum(losses[:8])
-
-
-def test_one_shot_batches_are_refused_where_passes_repeat():
-    model, bs = make(), images()
-    start = compress(model, bs, .5, "svd").model
-    with pytest.raises(ValueError, match="only once"):
-        distill_blocks(start, model, iter(bs), ["blocks.0", "blocks.1"],
-                       Schedule(steps=5, method="keep"))
