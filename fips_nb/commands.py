@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LOG', 'DEFAULT', 'ROUNDING', 'AUTO', 'AUTO_BITS', 'KEPT_OUT', 'to_log', 'FitOptions', 'CompressOptions',
            'check_options', 'make_options', 'find_device', 'state_folder', 'check_out', 'Request', 'read_data', 'Clock',
-           'hold_state', 'clear_run', 'request_mark', 'finished', 'duration', 'compress', 'plan', 'EvaluateOptions',
-           'folder_config', 'source_of', 'open_pair', 'latency', 'check_measured', 'evaluate', 'measure',
-           'check_picture', 'info', 'bench', 'export']
+           'check_unsaved', 'hold_state', 'clear_run', 'request_mark', 'finished', 'duration', 'compress', 'as_saved',
+           'plan', 'EvaluateOptions', 'folder_config', 'source_of', 'open_pair', 'latency', 'check_measured',
+           'evaluate', 'measure', 'check_picture', 'info', 'bench', 'export']
 
 # %% ../nbs/09_commands.ipynb #09-c004
 import dataclasses
@@ -476,7 +476,9 @@ def _coded_summary(request, out, report):
     return dict(_on_disk(request, out, report), **{k: report[k] for k in keys},
                 **_rates(report['layers']), **more)
 
-def _check_unsaved(o):
+def check_unsaved(
+    o, # options with resume and overwrite
+):
     "Refuse what has no meaning without a folder."
     if o.resume or o.overwrite:
         raise ValueError(f"{'resume' if o.resume else 'overwrite'}= needs out=, a folder")
@@ -715,11 +717,12 @@ def _divergences(request, models, batches):
     from fips_nb.distillation import Teacher, loss_kind
     from fips_nb.statistics import feed
     from fips_nb.streaming import share_tensors
+    from fips_nb.training import mean_loss
     dense,*nets = (share_tensors(m, request.device, wide=True) for m in (request.model, *models))
     with torch.no_grad():
         kind = loss_kind(dense, feed(dense, batches[0]))
-        teacher,n = Teacher(dense, batches, kind), len(batches) # keeps what the dense model says
-        return [sum(teacher.loss(net, j)[0].item() for j in range(n))/n for net in nets]
+    teacher = Teacher(dense, batches, kind) # keeps what the dense model says
+    return [mean_loss(teacher.loss, net, range(len(batches))) for net in nets]
 
 def _choose(request, o, state):
     "Round; where bits are few, also make factors and code them, and keep the better."
@@ -803,30 +806,37 @@ def compress(
     o,clock = _with_fields(dict(options, calib=calib)), Clock()
     state = None if out is None else state_folder(out)
     done = finished(out, state, _mark(model, o)) if o.resume and out is not None else None
-    if out is None: _check_unsaved(o)
+    if out is None: check_unsaved(o)
     elif done is None: check_out(out, o.overwrite, o.resume)
     cfg,plan = _check_compress(o) if _makes_factors(o) else (None, None)
     if _is_coded(o): _check_coded(o)
     with nullcontext() if out is None else hold_state(state):
         request = _open_request(model, o, cfg.targets if cfg else 'all')
         if done is None: res = _make(request, o, cfg, plan, state, clock)
-        else: res = _as_saved(request, out, o, done)
+        else:
+            request.n,request.unit = (done['source'].get(k) for k in ('n_calib', 'unit'))
+            res = as_saved(request, out, o.tell, done)
         if out is not None and done is None: res.report = _save(request, o, res, out)
         if out is not None: clear_run(state)
     clock.lap('save')
     return Compressed(res.model, res.report | _summary(request, out, res.report) | clock.report())
 
-# %% ../nbs/09_commands.ipynb #09-c1b1
-def _as_saved(request, out, o, report):
-    "What a run has made that was killed after it had saved its result."
+# %% ../nbs/09_commands.ipynb #4fd9a27b
+def as_saved(
+    opened:Opened, # what the run began with
+    out:str|Path, # the finished folder
+    tell:Callable|None, # called with a line of news
+    report:dict, # of the folder
+): # Compressed
+    "Open what a run has made that was killed after it had saved its result."
     from fips_nb import hub
     from fips_nb.folder_format import read_config
     from fips_nb.pipeline import Compressed
-    if o.tell: o.tell(f"{out} is complete; nothing is left to do")
-    request.n,request.unit = (report['source'].get(k) for k in ('n_calib', 'unit'))
+    if tell: tell(f"{out} is complete; nothing is left to do")
     own = read_config(out)['arch'] is None
-    return Compressed(hub.load(out, **dict(model=request.model) if own else {}), report)
+    return Compressed(hub.load(out, **dict(model=opened.model) if own else {}), report)
 
+# %% ../nbs/09_commands.ipynb #09-c1b1
 _TOLD = ('count', 'budget', 'divergence', 'predicted', 'trials') # of a plan, in the report
 
 def _make(request, o, cfg, plan, state, clock):

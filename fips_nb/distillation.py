@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 from .sparse_factors import Pruner, Schedule, factor_layers
 from .statistics import feed, padding_mask
-from .training import Course, Judge, cosine, learning, precision, split_batches, train
+from .training import Course, Judge, cosine, learning, mean_loss, precision
+from .training import split_batches, train
 
 # %% ../nbs/03a_distillation.ipynb #03a-c010
 def factor_parameters(
@@ -219,7 +220,7 @@ def distill_outputs(
     opt = torch.optim.AdamW(Vs + rest, lr=lr, weight_decay=0., betas=(.9, .98))
     numbers,held = split_batches(len(batches), how.held_out)
     teacher = Teacher(dense, batches, kind)
-    mean = lambda: sum(teacher.loss(model, j)[0].item() for j in held)/len(held)
+    mean = lambda: mean_loss(teacher.loss, model, held)
     course = Course(numbers, how.epochs, seed=seed, label='distillation' if progress else '')
     with learning(model, Vs + rest):
         return train(model, teacher.loss, opt, course, [Pruner(Vs, Schedule(method='keep'))],

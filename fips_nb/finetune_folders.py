@@ -12,9 +12,10 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from .commands import (Clock, check_measured, check_options, check_out, clear_run, duration,
-                              find_device, finished, folder_config, hold_state, make_options,
-                              open_pair, read_data, request_mark, state_folder, to_log)
+from .commands import (Clock, as_saved, check_measured, check_options, check_out,
+                              check_unsaved, clear_run, duration, find_device, finished,
+                              folder_config, hold_state, make_options, open_pair, read_data,
+                              request_mark, state_folder, to_log)
 from .models import Opened, kind_of, open_any, wrap_module
 
 # %% ../nbs/09_finetune_folders.ipynb #09f-011
@@ -216,12 +217,6 @@ def _depends(net, job, how, o):
     settings = fingerprint(net, tuning=dataclasses.asdict(how), lr=o.lr, seed=o.seed)
     return settings | follow | dict(data=digest_of(map(parts, job.batches)))
 
-def _tune_codes(net, job, objective, o, run, kept):
-    "A copy that is trained while it is rounded."
-    from fips_nb.coded_models import read_codes, tune_codes
-    out,_ = tune_codes(net, objective, read_codes(net, job.report['alpha']), o.lr, run, kept)
-    return out
-
 def _tune_factors(net, objective, run, kept):
     "A copy whose factors are trained, and rounded to the dtype that they are stored in."
     from fips_nb.finetuning import tune
@@ -235,12 +230,12 @@ def _tune_factors(net, objective, run, kept):
 _WHAT = dict(outputs='the outputs of {}', labels='labels', both='labels and the outputs of {}',
              blocks='the blocks of {}')
 
-def _promise(net, job, objective, o):
+def _promise(net, job, objective, start):
     "One line before the start, and the seconds."
-    from fips_nb.coded_models import codes_seconds, read_codes
+    from fips_nb.coded_models import codes_seconds
     from fips_nb.finetuning import tuning_seconds
     how,deck = objective.how, objective.views.deck
-    if job.coded: seconds = codes_seconds(net, objective, read_codes(net, job.report['alpha']))
+    if job.coded: seconds = codes_seconds(net, objective, start)
     else: seconds = tuning_seconds(net, objective)
     what = _WHAT[how.loss].format(job.beside or 'the dense model')
     line = (f"fine-tuning {job.opened.name} on {what} with {job.n:,} {job.unit}, {how.epochs} "
@@ -260,6 +255,7 @@ def _objective(net, job, loss, o):
 # %% ../nbs/09_finetune_folders.ipynb #09f-033
 def _train(job, o, state):
     "Train; the model as it will be stored, and what the report says of it."
+    from fips_nb.coded_models import read_codes, tune_codes
     from fips_nb.folder_format import round_rest
     from fips_nb.pipeline import Run
     from fips_nb.state import Progress, open_state, resumable
@@ -274,13 +270,14 @@ def _train(job, o, state):
     if classes and job.rest != 'keep': net = round_rest(net)
     objective = _objective(net, job, loss, o)
     wide = lambda m: objective.held_loss(share_tensors(m, wide=True))
-    before,(line,seconds) = wide(net), _promise(net, job, objective, o)
+    start = read_codes(net, job.report['alpha']) if job.coded else None
+    before,(line,seconds) = wide(net), _promise(net, job, objective, start)
     tell(line, seconds)
     run = Run(seed=o.seed, progress=o.progress)
     depends = {} if state is None else _depends(net, job, objective.how, o)
     with open_state(state, depends, (), o.resume) as s:
         kept = Progress(s.path('distillation'), s.run)
-        if job.coded: out = _tune_codes(net, job, objective, o, run, kept)
+        if job.coded: out,_ = tune_codes(net, objective, start, o.lr, run, kept)
         else: out = _tune_factors(net, objective, run, kept)
     if job.rest != 'keep': out = round_rest(out)
     after,how,notes = wide(out), objective.how, []
@@ -319,15 +316,6 @@ def _save(job, o, res, out, mark):
     hub.save(res, out, report=report, overwrite=o.overwrite, **options)
     return report
 
-def _as_saved(job, out, report, o):
-    "What a run has made that was killed after it had saved its result."
-    from fips_nb import hub
-    from fips_nb.folder_format import read_config
-    from fips_nb.pipeline import Compressed
-    if o.tell: o.tell(f"{out} is complete; nothing is left to do")
-    own = read_config(out)['arch'] is None
-    return Compressed(hub.load(out, **dict(model=job.opened.model) if own else {}), report)
-
 # %% ../nbs/09_finetune_folders.ipynb #09f-042
 def finetune(
     model, # folder that compress wrote, Compressed, or a compressed module, which is not changed
@@ -339,15 +327,14 @@ def finetune(
     from fips_nb.folder_format import folder_bytes
     from fips_nb.pipeline import Compressed
     o,clock = make_options(FinetuneOptions, options), Clock()
-    if out is None and (o.resume or o.overwrite):
-        raise ValueError(f"{'resume' if o.resume else 'overwrite'}= needs out=, a folder")
+    if out is None: check_unsaved(o)
     mark,state = request_mark(o, model, data, o.dense), None if out is None else state_folder(out)
     done = finished(out, state, mark) if o.resume else None
     if out is not None and done is None: check_out(out, o.overwrite, o.resume)
     with nullcontext() if out is None else hold_state(state):
         job = _open(model, data, o)
         size = folder_bytes(job.folder) if job.folder else None
-        if done is not None: res = _as_saved(job, out, done, o)
+        if done is not None: res = as_saved(job.opened, out, o.tell, done)
         else:
             _read(job, data, o)
             net,tuned = _train(job, o, state)

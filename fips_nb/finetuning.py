@@ -16,8 +16,9 @@ from .augmentation import crops, pixel_range, three_augment
 from .distillation import Blocks, loss_kind, output_loss, predict
 from .pipeline import Run, seconds_of
 from .sparse_factors import Pruner, Schedule, factor_layers
-from .statistics import feed
-from .training import Course, Judge, learning, precision, split_batches, train
+from .statistics import feed, first_tensor
+from .training import Course, Judge, batch_order, learning, mean_loss, precision
+from .training import split_batches, train
 
 # %% ../nbs/03g_finetuning.ipynb #03g-010
 LOSSES = ('outputs', 'labels', 'both', 'blocks')
@@ -78,11 +79,6 @@ def _joined(batches):
         return parts if all(v is not None for v in parts) else None
 
 # %% ../nbs/03g_finetuning.ipynb #03g-02d
-def _first(batch):
-    "The tensor of a batch whose rows count."
-    if isinstance(batch, dict): return next(iter(batch.values()))
-    return batch[0] if isinstance(batch, (tuple, list)) else batch
-
 class Deck:
     "Batches of which some are held out; the rows of the others are dealt anew in each epoch."
     def __init__(self,
@@ -95,10 +91,11 @@ class Deck:
         if not len(self.batches): raise ValueError("there are no data to train on")
         self.numbers,self.held = split_batches(len(self.batches), held_out)
         self.place = {j: i for i,j in enumerate(self.numbers)}
-        self.size = len(_first(self.batches[0]))
+        self.size = len(first_tensor(self.batches[0]))
         if lazy: mine = [i for i in range(batches.n) if i//self.size in self.place]
         else: mine = _joined([self.batches[j] for j in self.numbers])
-        self.n = 0 if mine is None else len(mine if lazy else _first(mine))
+        self.n = 0 if mine is None else len(mine if lazy else first_tensor(mine))
+        self.dealt = None, [] # an epoch and the order of its rows
         self.take = (lambda i: batches.rows([mine[k] for k in i])) if lazy else (
             lambda i: _pick(mine, i))
 
@@ -108,9 +105,9 @@ class Deck:
     ):
         "Batch number `j` of an epoch."
         if epoch is None or j not in self.place or not self.n: return self.batches[j]
-        g = torch.Generator().manual_seed(self.seed*1000 + epoch)
+        if self.dealt[0] != epoch: self.dealt = epoch, batch_order(self.n, self.seed, epoch)
         at = self.place[j]*self.size
-        return self.take(torch.randperm(self.n, generator=g)[at:at + self.size])
+        return self.take(self.dealt[1][at:at + self.size])
 
 # %% ../nbs/03g_finetuning.ipynb #03g-030
 MIXUP,CUTMIX = .8, 1. # how evenly images are mixed (Beta distribution), as DeiT does
@@ -209,7 +206,7 @@ class Objective:
     ) -> float|None: # None where nothing is held out
         "Mean loss of the batches that are held out, as they are."
         held = self.views.deck.held
-        return sum(self.loss(model, j)[0].item() for j in held)/len(held) if held else None
+        return mean_loss(self.loss, model, held) if held else None
 
 # %% ../nbs/03g_finetuning.ipynb #03g-056
 def all_labels(

@@ -12,7 +12,7 @@ from torch import nn
 from .grouping import mask_bits
 from .sparse_factors import FactorLinear
 from .distillation import Distillation, Teacher
-from .training import Course, Judge, learning, split_batches, train
+from .training import Course, Judge, learning, mean_loss, split_batches, train
 from .pipeline import Run
 
 # %% ../nbs/04i_fixed_widths.ipynb #04i-011
@@ -114,7 +114,7 @@ def fixed_grids(
 def _held_out(model, teacher, grids, held):
     "Divergence on batches that are held out."
     for g in grids: g.put()
-    return sum(teacher.loss(model, j)[0].item() for j in held)/max(1, len(held))
+    return mean_loss(teacher.loss, model, held)
 
 class _Rounding:
     "What moves: weights are rounded before each forward."

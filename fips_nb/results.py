@@ -46,7 +46,8 @@ SOLVER = (*_below('svd_init', 'truncate regularize sample_atoms svd_init'),
           *_below('statistics', 'collect_moments Metric layer_metric'),
           *_below('blockwise_opt', '_conjugate_gradients v_hessian refit_v refit_u Rounds _v_steps '
                   '_start _prune _move_basis _refit_all fit_group'))
-TRAINING = _below('training', 'decay batch_order Course Judge split_batches _update _epoch train')
+TRAINING = _below('training', 'decay batch_order Course mean_loss Judge split_batches _update '
+                  '_epoch train')
 DISTILLATION = (*_below('distillation', 'predict output_loss Rate start_lr Teacher '
                         'distill_outputs'), *TRAINING)
 PLANNER = _below('planner', 'allocate divergences make_plan _refine _slopes _without_bases')
