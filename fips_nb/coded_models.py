@@ -887,13 +887,15 @@ def _settings(settings):
 # %% ../nbs/04h_coded_models.ipynb #04h-06r
 def layer_rates(
     codes:dict, # name of a parameter -> Codes
-) -> list: # of dicts with name, shape, bits (per weight), zeros (share), step (median)
+) -> list: # of dicts with name, shape, bits (per weight), bytes, zeros (share), step (median)
     "What each coded parameter takes."
     rows = []
     for k,c in codes.items():
+        bits = code_bits(c)
         step = steps_of((c.rows.int()[:,None] + c.columns.int()).flatten().median()).item()
-        rows.append(dict(name=k, shape=list(c.codes.shape), bits=code_bits(c)/c.codes.numel(),
-                         zeros=(c.codes == 0).float().mean().item(), step=step))
+        rows.append(dict(name=k, shape=list(c.codes.shape), bits=bits/c.codes.numel(),
+                         bytes=round(bits/8), step=step,
+                         zeros=(c.codes == 0).float().mean().item()))
     return rows
 
 def bits_report(

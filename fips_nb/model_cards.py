@@ -149,8 +149,8 @@ def _notes(report):
     return ['', '## Notes', '', '```text', *lines, '```'] if lines else []
 
 # %% ../nbs/06a_model_cards.ipynb #06a-c045
-_CODES = dict(bits='bits per weight', zeros='share of zeros', step='step')
-_SHAPES = dict(rank='rank', density='density', error='relative error')
+_CODES = dict(bits='bits per weight', zeros='share of zeros', step='step', bytes='bytes')
+_SHAPES = dict(rank='rank', density='density', error='relative error', bytes='bytes')
 
 def layer_lists(
     report:dict, # of a folder, which may hold anything
@@ -176,7 +176,7 @@ def _panels(axes, layers, most):
         ax.plot([_value(l, key) for l in layers], range(len(layers)), 'o', markersize=4)
         ax.set_xlabel(label)
         ax.grid(alpha=.3)
-    if coded and any(_value(l, 'step') > 0 for l in layers): axes[-1].set_xscale('log')
+    if coded and any(_value(l, 'step') > 0 for l in layers): axes[2].set_xscale('log')
     some = range(0, len(layers), -(-len(layers)//most))
     axes[0].set_yticks(some, [_label(layers[i]) for i in some], fontsize=7, parse_math=False)
     axes[0].invert_yaxis()
@@ -188,7 +188,7 @@ def plot_layers(
     most:int=10**6, # rows that have a name and their own height, in each list of layers
     **how, # of the file, see savefig of matplotlib
 ):
-    "Draw bits, zeros and steps of each coded matrix; and rank, density and error of factors."
+    "Draw bits, zeros, step and bytes of coded matrices; rank, density, error and bytes of factors."
     from matplotlib import style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -198,7 +198,7 @@ def plot_layers(
     with style.context('default'):
         fig = Figure(figsize=(9, sum(heights)), layout='constrained')
         FigureCanvasAgg(fig)
-        rows = fig.subplots(len(lists), 3, sharey='row', squeeze=False, height_ratios=heights)
+        rows = fig.subplots(len(lists), 4, sharey='row', squeeze=False, height_ratios=heights)
         for axes,layers in zip(rows, lists): _panels(axes, layers, most)
         fig.savefig(to, **how)
 

@@ -7,8 +7,8 @@ __all__ = ['SVD', 'OVERHEAD', 'LEVEL', 'UPDATE', 'WHAT', 'LEVELS_NEEDED', 'Run',
            'choose_plans', 'count_rows', 'machine_rate', 'measured_rate', 'forward_operations', 'expected_operations',
            'seconds_of', 'forward_seconds', 'step_seconds', 'expected_seconds', 'limit_distillation', 'Job',
            'start_job', 'measure', 'GroupFactors', 'fit_plan', 'fit', 'adapt_ranks', 'put_in', 'fit_all', 'distil',
-           'round_factors', 'size_report', 'facts_table', 'Compressed', 'report_of', 'compress', 'look_ahead',
-           'blocks_of', 'stored_dtype']
+           'round_factors', 'layer_bytes', 'size_report', 'facts_table', 'Compressed', 'report_of', 'compress',
+           'look_ahead', 'blocks_of', 'stored_dtype']
 
 # %% ../nbs/03e_pipeline.ipynb #03e-003
 import contextlib
@@ -531,6 +531,18 @@ def _by_basis(layers):
     for f in layers: groups.setdefault(id(f if f.U is None else f.U), []).append(f)
     return groups.values()
 
+def layer_bytes(
+    model:nn.Module, # factorised
+) -> dict: # name of a layer -> bytes
+    "What each factorised layer takes in 16 bits; layers bear their basis in equal parts."
+    layers,of = factor_layers(model), {}
+    names = {id(f): k for k,f in layers.items()}
+    for fs in _by_basis(layers.values()):
+        basis = 0 if fs[0].U is None else 2*fs[0].U.numel()/len(fs)
+        of |= {names[id(f)]: basis + factor_bytes(0, 0, [int((f.V != 0).sum())], [f.V.numel()])
+               for f in fs}
+    return {k: round(of[k]) for k in layers}
+
 def size_report(
     model:nn.Module, # factorised
 ) -> dict: # sizes of the compressed linears and of the model, see compress
@@ -626,7 +638,8 @@ def report_of(
 ) -> dict:
     "What was made, how large it is, how good each layer is, and how long each phase took."
     density = lambda x: (model.get_submodule(x['name']).V != 0).float().mean().item()
-    layers = [x | dict(density=density(x)) for x in job.layers]
+    nbytes = layer_bytes(model)
+    layers = [x | dict(density=density(x), bytes=nbytes[x['name']]) for x in job.layers]
     seconds = {k: round(v, 2) for k,v in job.seconds.items()}
     return more | dict(config=dataclasses.asdict(job.cfg), **size_report(model),
                        seconds_by_phase=seconds, layers=layers)

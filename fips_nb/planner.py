@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEAST', 'LEVELS', 'TRIED', 'ENOUGH', 'dense_size', 'uniform', 'divergences', 'error_curve', 'with_densities',
-           'allocate', 'Plan', 'Search', 'make_plan']
+           'allocate', 'Plan', 'Search', 'make_plan', 'planning_seconds']
 
 # %% ../nbs/03f_planner.ipynb #03f-c003
 import contextlib, dataclasses, json, math
@@ -21,13 +21,14 @@ from .grouping import Group, LinearSpec, factor_bytes, find_modules, group_modul
 from .statistics import collect_moments, feed, moment_bytes
 from .blockwise_opt import fit_bytes
 from .distillation import loss_kind, output_loss, predict
-from .budgets import (GroupPlan, check_names, check_plan, operations_limit,
+from .budgets import (Config, GroupPlan, check_names, check_plan, operations_limit,
                              planned_bytes, planned_operations, planned_parameters)
 from .disk import replacing
 from .schema import Name, Positive, Size, conform, read_json, unique
 from .state import digest
 from .streaming import Visit, block_names, share_tensors
-from .pipeline import Run, compress, facts_table
+from .pipeline import LEVEL, OVERHEAD, Run, compress, count_rows, expected_operations
+from .pipeline import facts_table, forward_seconds, measured_rate
 
 # %% ../nbs/03f_planner.ipynb #03f-c009
 def _counter(count):
@@ -259,6 +260,7 @@ class Search:
     sizes:tuple=(12,) # blocks per group
     ranks:tuple=(3,) # ranks of shared bases, as multiples of the width
     operations:float|None=None # that fitting may take; None asks operations_limit
+    levels:tuple=TRIED # of a trial fit: the first of them that are affordable
 
 # %% ../nbs/03f_planner.ipynb #03f-c036
 def _candidates(modules, budget, count, search, memory):
@@ -279,12 +281,12 @@ def _affordable(plan, operations):
     "The most levels with which `plan` takes at most `operations`; None if any number exceeds them."
     return next((n for n in LEVELS if planned_operations(plan, n) <= operations), None)
 
-def _tried(plans, levels, operations):
+def _tried(plans, levels, operations, choices=TRIED):
     "Levels of the trial fits, for as many of `plans` as `operations` allow; {} for no choice."
     work = lambda k,n: planned_operations(plans[k], min(n, levels[k]))
     names = sorted((k for k in plans if levels[k]), key=lambda k: planned_operations(plans[k], 30))
     while names:
-        for n in TRIED:
+        for n in choices:
             costs = [work(k, n) for k in names]
             whole = sum(costs) + 2*max(costs) # the best is fitted twice more
             if whole <= (operations/10 if n == TRIED[0] else operations):
@@ -373,6 +375,32 @@ def _refine(t, fit, most, count, levels):
     return plan, dict(divergence=whole, predicted=whole)
 
 # %% ../nbs/03f_planner.ipynb #03f-c044
+@dataclass
+class _Outset:
+    "What is known before a trial."
+    search:Search
+    run:Run # with its device
+    home:torch.device # of the model
+    plans:dict # name -> plan with equal shares
+    levels:dict # name -> pruning levels of a final fit
+    tried:dict # name -> pruning levels of a trial
+
+def _outset(model, batches, budget, asked, settings):
+    "Refuse what cannot be planned, and choose what is tried; `asked`: count, targets, filter_fn."
+    search,run = _split(settings)
+    if not 0 < budget <= 1: raise ValueError(f"budget {budget} is outside (0, 1]")
+    if not len(batches): raise ValueError("there is no calibration data")
+    _counter(count := asked[0])
+    home = next(p for p in model.parameters() if p.is_floating_point()).device
+    run = dataclasses.replace(run, device=torch.device(run.device or home), progress=False)
+    operations = (search.operations or operations_limit(run.device))/2 # the other half is the fit's
+    modules = find_modules(model, *asked[1:])
+    plans = _candidates(modules, budget, count, search, run.memory*2**30)
+    levels = {k: _affordable(p, operations) for k,p in plans.items()}
+    levels['pruning'] = levels['pruning'] or LEVELS[-1]
+    tried = _tried(plans, levels, operations, search.levels)
+    return _Outset(search, run, home, plans, levels, tried)
+
 def _split(settings):
     "`Search` and `Run` from `settings` by the names of their fields."
     kinds = {f.name: kind for kind in (Search, Run) for f in dataclasses.fields(kind)}
@@ -402,23 +430,57 @@ def make_plan(
     **settings, # fields of Search; seed, device, stream, memory and progress of Run
 ) -> Plan:
     "Choose who shares a basis, its rank, and each layer's density for least divergence."
-    search,run = _split(settings)
-    if not 0 < budget <= 1: raise ValueError(f"budget {budget} is outside (0, 1]")
-    if not (batches := list(batches)): raise ValueError("there is no calibration data")
-    size,full = _counter(count), dense_size(model, count, targets, filter_fn)
-    home = next(p for p in model.parameters() if p.is_floating_point()).device
-    run = dataclasses.replace(run, device=torch.device(run.device or home), progress=False)
-    operations = (search.operations or operations_limit(run.device))/2 # the other half is the fit's
-    modules = find_modules(model, targets, filter_fn)
-    plans = _candidates(modules, budget, count, search, run.memory*2**30)
-    levels = {k: _affordable(p, operations) for k,p in plans.items()}
-    levels['pruning'] = levels['pruning'] or LEVELS[-1]
-    best,plan,found = 'pruning', plans['pruning'], dict(divergence=None, predicted=None, trials={})
-    if tried := _tried(plans, levels, operations):
-        dense = share_tensors(model, home if run.stream else run.device)
-        with tqdm(total=2*len(tried) + 7, desc='plan', leave=False,
+    batches = list(batches)
+    a = _outset(model, batches, budget, (count, targets, filter_fn), settings)
+    full,run = dense_size(model, count, targets, filter_fn), a.run
+    best,plan = 'pruning', a.plans['pruning']
+    found = dict(divergence=None, predicted=None, trials={})
+    if a.tried:
+        dense = share_tensors(model, a.home if run.stream else run.device)
+        with tqdm(total=2*len(a.tried) + 7, desc='plan', leave=False,
                   disable=not settings.get('progress')) as bar:
             t = _Trials(dense, batches, targets, filter_fn, run, bar)
-            best,plan,found = _search(t, plans, tried, budget*full, count)
+            best,plan,found = _search(t, a.plans, a.tried, budget*full, count)
     return Plan(plan, dict(model=digest(model), targets=targets, count=count, budget=budget,
-                           dense_size=full, size=size(plan), levels=levels[best], **found))
+                           dense_size=full, size=_counter(count)(plan), levels=a.levels[best],
+                           **found))
+
+# %% ../nbs/03f_planner.ipynb #03f-c091
+def _measurements(plans, tried):
+    "How often the probes pass: trials, groups and layers put back, and the dense model."
+    return 2*len(tried) + max(map(len, plans.values())) + _n_linears(plans) + 6
+
+def _n_linears(plans): return sum(len(x.densities) for x in plans['pruning'])
+
+def _n_probes(dense, batches):
+    "How many batches are measured on, see _probes."
+    if len(batches) < 8: return len(batches)
+    with torch.no_grad(): n = predict(dense, batches[0]).shape[:-1].numel()
+    return min(-(-len(batches)//8), -(-ENOUGH//n))
+
+def planning_seconds(
+    model:nn.Module, # trained model; it is not changed
+    batches, # calibration batches, see feed
+    budget:float=.5, # share of the targeted weights to keep
+    count:str='parameters', # what the share is of: parameters, or bytes with indices
+    targets:str='mlp', # see find_modules
+    filter_fn:Callable|None=None, # see find_modules
+    **settings, # see make_plan
+) -> float: # 0 where nothing would be tried
+    "About how long `make_plan` takes on this machine."
+    batches = list(batches)
+    a = _outset(model, batches, budget, (count, targets, filter_fn), settings)
+    if not a.tried: return 0.
+    rows,n = count_rows(model, batches, a.plans['pruning'])
+    def work(k, phase, levels):
+        cfg = Config(levels=levels, distill_epochs=0)
+        return OVERHEAD[phase]*expected_operations(model, a.plans[k], rows, cfg)[phase]
+    fits = sorted((work(k, 'factors', m), k, m) for k,m in a.tried.items())
+    fits += 2*fits[-1:] # the best is fitted twice more
+    rate = measured_rate(a.plans[fits[-1][1]], a.run.device)
+    total = sum(w for w,_,_ in fits) + work('pruning', 'moments', 1)
+    seconds = total/rate + LEVEL*_n_linears(a.plans)*sum(m for _,_,m in fits)
+    if a.run.stream: return seconds
+    net = share_tensors(model, a.run.device)
+    often = _n_probes(net, batches)*_measurements(a.plans, a.tried)
+    return seconds + often*forward_seconds(net, batches[0])
