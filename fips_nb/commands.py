@@ -597,7 +597,7 @@ def duration(
     return f'{seconds/3600:.1f} hours'
 
 def _expected(request, o, how):
-    "How many linears become factors, in how many passes of distillation and seconds."
+    "The plans of the factors, in how many passes of distillation and seconds they are made."
     from fips_nb import pipeline
     settings = _settings(request, o)
     cfg,run = pipeline.read_settings(o.preset, settings, how.get('plan'))
@@ -606,7 +606,9 @@ def _expected(request, o, how):
         warnings.simplefilter('ignore') # the run itself will say what is left out
         cfg,_,seconds = pipeline.look_ahead(request.model, request.batches, plans, cfg, run,
                                             settings)
-    return sum(len(p.group.linears) for p in plans), cfg.distill_epochs, seconds
+    return plans, cfg.distill_epochs, seconds
+
+def _linears(plans): return f"{sum(len(p.group.linears) for p in plans)} linears"
 
 def _news(request, how, epochs, seconds, nbytes=0):
     "One line on what will be done, how long it takes and in how much memory; and the seconds."
@@ -617,8 +619,8 @@ def _news(request, how, epochs, seconds, nbytes=0):
 
 def _forecast(request, o, how):
     "One line before factors are made, and the seconds."
-    n,epochs,seconds = _expected(request, o, how)
-    return _news(request, f"{o.preset}: {n} linears, ", epochs, seconds)
+    plans,epochs,seconds = _expected(request, o, how)
+    return _news(request, f"{o.preset}: {_linears(plans)}, ", epochs, seconds)
 
 # %% ../nbs/09_commands.ipynb #09-c1b0
 def _code(request, o, state, model=None, tell=None):
@@ -643,11 +645,23 @@ def _code_factors(request, o, budget, states):
         preset=o.preset, factors={k: a[k] for k in _KEPT},
         seconds_by_phase=a['seconds_by_phase'] | b['seconds_by_phase']))
 
-def _coding_expected(request, o):
-    "In how many passes of distillation and seconds a model of this size is rounded."
+def _put_stand_ins(net, plans):
+    "Give `net` factors of the planned shapes and densities, for its work to be timed."
+    import torch
+    from fips_nb.sparse_factors import factorize
+    g = torch.Generator().manual_seed(0)
+    for p in plans:
+        U = torch.randn(p.group.d, p.rank, generator=g)/p.group.d if p.rank else None
+        drawn = lambda f, l: f(p.rows, l.h, generator=g)
+        factorize(net, p.group, U, [drawn(torch.randn, l)*(drawn(torch.rand, l) < q)
+                                    for l,q in zip(p.group.linears, p.densities)])
+
+def _coding_expected(request, o, plans=()):
+    "In how many passes of distillation and seconds a model, or its factors, are rounded."
     from fips_nb.coded_models import coding_ahead
     from fips_nb.streaming import share_tensors
     net = share_tensors(request.model, request.device, wide=True)
+    _put_stand_ins(net, plans)
     epochs,_,seconds = coding_ahead(net, list(request.batches), o.distill_epochs, request.device)
     return epochs, seconds # the run itself will say what is left out
 
@@ -659,10 +673,10 @@ def _stage(state, name):
 def _by_factors(request, o, budget, state):
     "Tell what will be done, make factors and round them."
     if o.tell:
-        n,_,fits = _expected(request, o, dict(budget=budget, plan=None))
-        epochs,seconds = _coding_expected(request, o)
-        o.tell(*_news(request, f"{o.preset} to {request.share:,} bytes: {n} linears, ", epochs,
-                      fits + seconds))
+        plans,_,fits = _expected(request, o, dict(budget=budget, plan=None))
+        epochs,seconds = _coding_expected(request, o, plans)
+        o.tell(*_news(request, f"{o.preset} to {request.share:,} bytes: {_linears(plans)}, ",
+                      epochs, fits + seconds))
     return _code_factors(request, o, budget, (_stage(state, 'factors'), state))
 
 def _by_rounding(request, o, state):
@@ -767,10 +781,10 @@ def _too_long(o, least):
 
 def _coded_within(request, o, budget, clock):
     "The options with which codes are made in time."
-    fits = 0.
-    if budget is not None: fits = _expected(request, o, dict(budget=budget, plan=None))[2]
-    passes,usual = _coding_expected(request, o)
-    none = _coding_expected(request, dataclasses.replace(o, distill_epochs=0))[1]
+    plans,fits = (), 0.
+    if budget is not None: plans,_,fits = _expected(request, o, dict(budget=budget, plan=None))
+    passes,usual = _coding_expected(request, o, plans)
+    none = _coding_expected(request, dataclasses.replace(o, distill_epochs=0), plans)[1]
     left = _left(o, clock) - fits
     if none > left: _too_long(o, none + fits)
     if o.preset == AUTO and _few_bits(request) and 3*usual > left: # no time for two

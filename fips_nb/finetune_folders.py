@@ -22,7 +22,7 @@ from .models import Opened, kind_of, open_any, wrap_module
 @dataclass(frozen=True)
 class FinetuneOptions:
     "Options of `finetune`."
-    loss:str|None=None # outputs (of a dense model at hand, the default), labels, both, blocks
+    loss:str|None=None # outputs (and states of a dense model; the default), labels, both, blocks
     epochs:int=10 # passes over the data
     lr:float|None=None # first learning rate; None takes 1e-4, and for codes what suits the epochs
     views:str|None=None # of images: 'none', 'crops', 'strong'; None takes crops
@@ -246,11 +246,9 @@ def _promise(net, job, objective, start):
 def _objective(net, job, loss, o):
     "What is learned, with its data."
     from fips_nb.finetuning import make_objective
-    from fips_nb.grouping import find_modules
     pictures = job.opened.kind not in ('text', 'pairs', 'captions')
     how = _tuning(o, loss=loss, **({} if pictures else dict(views='none')))
-    blocks = [m.block for m in find_modules(job.dense)] if loss == 'blocks' else []
-    return make_objective(net, job.batches, job.dense, how, list(dict.fromkeys(blocks)), o.seed)
+    return make_objective(net, job.batches, job.dense, how, seed=o.seed)
 
 # %% ../nbs/09_finetune_folders.ipynb #09f-033
 def _train(job, o, state):

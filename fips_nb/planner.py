@@ -471,7 +471,7 @@ def planning_seconds(
     batches = list(batches)
     a = _outset(model, batches, budget, (count, targets, filter_fn), settings)
     if not a.tried: return 0.
-    rows,n = count_rows(model, batches, a.plans['pruning'])
+    rows,_ = count_rows(model, batches, a.plans['pruning'])
     def work(k, phase, levels):
         cfg = Config(levels=levels, distill_epochs=0)
         return OVERHEAD[phase]*expected_operations(model, a.plans[k], rows, cfg)[phase]

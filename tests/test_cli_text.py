@@ -207,8 +207,8 @@ def test_bits_of_factors(preset, lm, tmp_path, capsys):
     assert said['preset'] == preset and said['bits'] == made['bits'] and said['model_params'] == n
     kept = {'budget', 'mlp_budget', 'mlp_params', 'model_ratio', 'config', 'layers'}
     assert kept <= said['factors'].keys() and said['factors']['config']['distill_epochs'] == 0
-    assert {'name', 'shape', 'bits', 'zeros', 'step'} == said['layers'][0].keys()
-    assert {'name', 'rank', 'density', 'error'} <= said['factors']['layers'][0].keys()
+    assert {'name', 'shape', 'bits', 'bytes', 'zeros', 'step'} == said['layers'][0].keys()
+    assert {'name', 'rank', 'density', 'error', 'bytes'} <= said['factors']['layers'][0].keys()
     assert (tmp_path / 'm.png').stat().st_size > 10_000
     text = fips(capsys, 'info', tmp_path / 'm', '--layers')[1]
     assert 'bits per weight' in text and 'The factors before they were rounded' in text
