@@ -282,7 +282,7 @@ def _train(job, o, state):
     if not after < before:
         out,after = net, before
         notes = ["no epoch was better on the held-out data after rounding, and the model is as it "
-                 "was; more epochs or another lr may help"]
+                 "was; a smaller lr or more epochs may help"]
     return out.to(home), dict(loss=how.loss, epochs=how.epochs, masks=how.masks, classes=classes,
                               n=job.n, unit=job.unit, before=before, after=after,
                               expected_seconds=float(f'{seconds:.3g}'), notes=notes)
