@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from .augmentation import crops, pixel_range, three_augment
-from .distillation import Blocks, loss_kind, output_loss, predict
+from .distillation import Blocks, loss_kind, output_loss, output_mask, predict
 from .grouping import find_modules
 from .pipeline import Run, seconds_of
 from .sparse_factors import Pruner, Schedule, factor_layers
-from .statistics import feed, first_tensor, padding_mask
+from .statistics import feed, first_tensor
 from .training import Course, Judge, batch_order, learning, mean_loss, precision
 from .training import split_batches, train
 
@@ -193,11 +193,6 @@ def _watched(model, block):
     finally:
         if hook: hook.remove()
 
-def _kept(x):
-    "Where the states of the last block are no padding."
-    decodes = isinstance(x, dict) and 'decoder_input_ids' in x
-    return padding_mask(x, 'decoder_attention_mask' if decodes else 'attention_mask')
-
 # %% ../nbs/03g_finetuning.ipynb #03g-050
 class Objective:
     "What is learned: the loss of a view of a batch."
@@ -232,7 +227,7 @@ class Objective:
             terms.append(label_loss(out, next_tokens(x) if y is None else y))
         loss = sum(terms)/len(terms)
         if self.last is None or epoch is None: return loss, refs
-        return loss + STATES*state_error(got[-1], want[-1], _kept(x)), refs
+        return loss + STATES*state_error(got[-1], want[-1], output_mask(x)), refs
 
     @torch.no_grad()
     def held_loss(self,

@@ -378,28 +378,27 @@ def _refine(t, fit, most, count, levels):
 @dataclass
 class _Outset:
     "What is known before a trial."
-    search:Search
     run:Run # with its device
     home:torch.device # of the model
     plans:dict # name -> plan with equal shares
     levels:dict # name -> pruning levels of a final fit
     tried:dict # name -> pruning levels of a trial
 
-def _outset(model, batches, budget, asked, settings):
-    "Refuse what cannot be planned, and choose what is tried; `asked`: count, targets, filter_fn."
+def _outset(model, batches, budget, count, targets, filter_fn, settings):
+    "Refuse what cannot be planned, and choose what is tried."
     search,run = _split(settings)
     if not 0 < budget <= 1: raise ValueError(f"budget {budget} is outside (0, 1]")
     if not len(batches): raise ValueError("there is no calibration data")
-    _counter(count := asked[0])
+    _counter(count) # refuses what it does not know
     home = next(p for p in model.parameters() if p.is_floating_point()).device
     run = dataclasses.replace(run, device=torch.device(run.device or home), progress=False)
     operations = (search.operations or operations_limit(run.device))/2 # the other half is the fit's
-    modules = find_modules(model, *asked[1:])
+    modules = find_modules(model, targets, filter_fn)
     plans = _candidates(modules, budget, count, search, run.memory*2**30)
     levels = {k: _affordable(p, operations) for k,p in plans.items()}
     levels['pruning'] = levels['pruning'] or LEVELS[-1]
     tried = _tried(plans, levels, operations, search.levels)
-    return _Outset(search, run, home, plans, levels, tried)
+    return _Outset(run, home, plans, levels, tried)
 
 def _split(settings):
     "`Search` and `Run` from `settings` by the names of their fields."
@@ -431,7 +430,7 @@ def make_plan(
 ) -> Plan:
     "Choose who shares a basis, its rank, and each layer's density for least divergence."
     batches = list(batches)
-    a = _outset(model, batches, budget, (count, targets, filter_fn), settings)
+    a = _outset(model, batches, budget, count, targets, filter_fn, settings)
     full,run = dense_size(model, count, targets, filter_fn), a.run
     best,plan = 'pruning', a.plans['pruning']
     found = dict(divergence=None, predicted=None, trials={})
@@ -452,12 +451,6 @@ def _measurements(plans, tried):
 
 def _n_linears(plans): return sum(len(x.densities) for x in plans['pruning'])
 
-def _n_probes(dense, batches):
-    "How many batches are measured on, see _probes."
-    if len(batches) < 8: return len(batches)
-    with torch.no_grad(): n = predict(dense, batches[0]).shape[:-1].numel()
-    return min(-(-len(batches)//8), -(-ENOUGH//n))
-
 def planning_seconds(
     model:nn.Module, # trained model; it is not changed
     batches, # calibration batches, see feed
@@ -469,7 +462,7 @@ def planning_seconds(
 ) -> float: # 0 where nothing would be tried
     "About how long `make_plan` takes on this machine."
     batches = list(batches)
-    a = _outset(model, batches, budget, (count, targets, filter_fn), settings)
+    a = _outset(model, batches, budget, count, targets, filter_fn, settings)
     if not a.tried: return 0.
     rows,_ = count_rows(model, batches, a.plans['pruning'])
     def work(k, phase, levels):
@@ -482,5 +475,6 @@ def planning_seconds(
     seconds = total/rate + LEVEL*_n_linears(a.plans)*sum(m for _,_,m in fits)
     if a.run.stream: return seconds
     net = share_tensors(model, a.run.device)
-    often = _n_probes(net, batches)*_measurements(a.plans, a.tried)
-    return seconds + often*forward_seconds(net, batches[0])
+    probes,_ = _probes(net, batches, a.run.device)
+    often = len(probes)*_measurements(a.plans, a.tried)
+    return seconds + often*forward_seconds(net, probes[0])
