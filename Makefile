@@ -71,7 +71,7 @@ demo: $(VENV)/.run ## compress the small demo model, evaluate it, write it to de
 test: $(VENV)/.test ## everything: generated files in sync, notebooks, pytest
 	$(POLITE) $(BIN)/python -m pytest -m sync
 	$(POLITE) $(BIN)/nbdev_test --n_workers $(JOBS) --timing --flags "$(FLAGS)"
-	$(POLITE) $(BIN)/python -m pytest -m "not sync" -n $(JOBS) --dist loadfile
+	$(POLITE) $(BIN)/python -m pytest -m "not sync" -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 trial: $(VENV)/.test ## hours of hostile folders, kills and failing disks: make trial N=100000 KILLS=1000 SEED=1
 	$(POLITE) $(BIN)/python tests/trial.py folders $(N) --seed $(SEED) --record

@@ -263,8 +263,9 @@ def _add_finetune(sub):
     _option(q, '--dense', "the dense model of transformers to follow; of a timm model --weights "
             "says which", metavar='MODEL')
     _option(q, '--epochs', "passes over the data (default 10)", type=int, metavar='N')
-    _option(q, '--lr', "first learning rate (default 1e-4; of codes it counts steps of a code, and "
-            "follows from the updates)", type=_number, metavar='X')
+    _option(q, '--lr', "first learning rate (default 1e-4, or less if the first epoch asks for "
+            "it; of codes it counts steps of a code, and follows from the updates)",
+            type=_number, metavar='X')
     _view_options(q)
     _option(q, '--n', "images, spread over the classes (default: all), or windows of text "
             "(default: as many as pay)", type=int, metavar='N')
@@ -274,14 +275,17 @@ def _add_finetune(sub):
             action='store_true')
     _run_options(q, FinetuneOptions.batch_size)
 
+# %% ../nbs/09a_cli.ipynb #09a-c1v0
 def _view_options(q):
     "Options that say how images, labels and masks change while a model learns."
     _option(q, '--views', "of images, new in each epoch: none, crops, or strong (3-Augment; "
             "default crops)", choices=('none', 'crops', 'strong'))
     _option(q, '--mix', "also mix each image with another (mixup, cutmix)", action='store_true')
     _option(q, '--smoothing', "of labels (default 0.1)", type=_number, metavar='S')
-    _option(q, '--masks', "keep the zeros of factors, or let RigL move them (default keep)",
-            choices=('keep', 'rigl'))
+    _option(q, '--masks', "keep the zeros of factors, let RigL move them, or prune on by GMP "
+            "(default keep)", choices=('keep', 'rigl', 'gmp'))
+    _option(q, '--prune', "fraction of the live entries of factors that gmp takes away",
+            type=_number, metavar='P')
     _option(q, '--new-head', "replace the head by one for the classes of the data, for another "
             "task", action='store_true')
 

@@ -24,11 +24,12 @@ class FinetuneOptions:
     "Options of `finetune`."
     loss:str|None=None # outputs (and states of a dense model; the default), labels, both, blocks
     epochs:int=10 # passes over the data
-    lr:float|None=None # first learning rate; None takes 1e-4, and for codes what suits the epochs
+    lr:float|None=None # first learning rate; None finds it, see finetuning, or coded_models
     views:str|None=None # of images: 'none', 'crops', 'strong'; None takes crops
     mix:bool=False # mix images, and their labels, by mixup or cutmix
     smoothing:float|None=None # of labels; None takes 0.1
-    masks:str='keep' # 'keep' the zeros of factors, or let them move: 'rigl'
+    masks:str='keep' # 'keep' the zeros of factors, let them move: 'rigl', or add some: 'gmp'
+    prune:float=0. # fraction of the live entries of factors that 'gmp' takes away
     new_head:bool=False # for the classes of the data
     dense:object=None # model to follow: a name or folder for transformers, or a module
     weights:str|Path|None=None # file of weights of the dense timm model to follow
@@ -50,7 +51,7 @@ class FinetuneOptions:
         object.__setattr__(self, 'tell', self.tell or to_log())
 
 # %% ../nbs/09_finetune_folders.ipynb #09f-012
-_OF_TUNING = ('loss', 'epochs', 'lr', 'views', 'mix', 'smoothing', 'masks')
+_OF_TUNING = ('loss', 'epochs', 'lr', 'views', 'mix', 'smoothing', 'masks', 'prune')
 _OF_IMAGES = ('views', 'mix', 'smoothing', 'new_head')
 
 def _tuning(o, **more):
@@ -80,9 +81,9 @@ def _check_suits(o, name, kind, coded):
     if kind in ('text', 'pairs', 'captions') and given:
         raise ValueError(f"{_flag(given[0])} is for classifiers of images, and {name} is none; "
                          "leave it out")
-    if coded and o.masks == 'rigl':
-        raise ValueError(f"--masks rigl moves the zeros of factors in 16 bits, and {name} has "
-                         "codes; leave it out")
+    if coded and o.masks != 'keep':
+        raise ValueError(f"--masks {o.masks} is for the zeros of factors in 16 bits, and {name} "
+                         "has codes; leave it out")
 
 # %% ../nbs/09_finetune_folders.ipynb #09f-021
 @dataclass
@@ -218,13 +219,13 @@ def _depends(net, job, how, o):
     return settings | follow | dict(data=digest_of(map(parts, job.batches)))
 
 def _tune_factors(net, objective, run, kept):
-    "A copy whose factors are trained, and rounded to the dtype that they are stored in."
+    "A copy whose factors are trained and rounded as they are stored, and the first rate."
     from fips_nb.finetuning import tune
     from fips_nb.folder_format import layer_groups, value_dtype_of
     from fips_nb.pipeline import round_factors
     out,dtype = copy.deepcopy(net), value_dtype_of(layer_groups(net))
-    tune(out, objective, run, kept)
-    return round_factors(out, dtype)
+    got = tune(out, objective, run, kept)
+    return round_factors(out, dtype), got['lr']
 
 # %% ../nbs/09_finetune_folders.ipynb #09f-032
 _WHAT = dict(outputs='the outputs of {}', labels='labels', both='labels and the outputs of {}',
@@ -251,6 +252,19 @@ def _objective(net, job, loss, o):
     return make_objective(net, job.batches, job.dense, how, seed=o.seed)
 
 # %% ../nbs/09_finetune_folders.ipynb #09f-033
+def _notes(how, lr, better):
+    "What a user should know of a run."
+    from fips_nb.finetuning import RATE
+    notes = [f"{how.prune:.0%} of the live entries of factors are gone"]*(how.masks == 'gmp')
+    if how.lr is None and lr is not None and lr < RATE:
+        notes.append(f"the first rate was {lr:g}, because a larger one made the first epoch a step "
+                     "back")
+    if not better:
+        notes.append("no epoch was better on the held-out data after rounding, and the model is as "
+                     "it was; a smaller lr or more epochs may help")
+    return notes
+
+# %% ../nbs/09_finetune_folders.ipynb #09f-034
 def _train(job, o, state):
     "Train; the model as it will be stored, and what the report says of it."
     from fips_nb.coded_models import read_codes, tune_codes
@@ -275,17 +289,16 @@ def _train(job, o, state):
     depends = {} if state is None else _depends(net, job, objective.how, o)
     with open_state(state, depends, (), o.resume) as s:
         kept = Progress(s.path('distillation'), s.run)
-        if job.coded: out,_ = tune_codes(net, objective, start, o.lr, run, kept)
-        else: out = _tune_factors(net, objective, run, kept)
+        if job.coded: (out,_),lr = tune_codes(net, objective, start, o.lr, run, kept), None
+        else: out,lr = _tune_factors(net, objective, run, kept)
     if job.rest != 'keep': out = round_rest(out)
-    after,how,notes = wide(out), objective.how, []
-    if not after < before:
-        out,after = net, before
-        notes = ["no epoch was better on the held-out data after rounding, and the model is as it "
-                 "was; a smaller lr or more epochs may help"]
-    return out.to(home), dict(loss=how.loss, epochs=how.epochs, masks=how.masks, classes=classes,
-                              n=job.n, unit=job.unit, before=before, after=after,
-                              expected_seconds=float(f'{seconds:.3g}'), notes=notes)
+    after,how = wide(out), objective.how
+    better = how.masks == 'gmp' or after < before # what is smaller may be worse
+    if not better: out,after = net, before
+    return out.to(home), dict(loss=how.loss, epochs=how.epochs, masks=how.masks, prune=how.prune,
+                              classes=classes, n=job.n, unit=job.unit, before=before, after=after,
+                              lr=lr, expected_seconds=float(f'{seconds:.3g}'),
+                              notes=_notes(how, lr, better))
 
 # %% ../nbs/09_finetune_folders.ipynb #09f-041
 def _report(job, net, tuned, data, seconds):

@@ -7,7 +7,7 @@ __all__ = ['SOLVER', 'TRAINING', 'DISTILLATION', 'TUNING', 'PLANNER', 'DENSE', '
            'recall', 'stale', 'record', 'Rows', 'table', 'plot_style']
 
 # %% ../nbs/04f_results.ipynb #04f-c003
-import ast, hashlib, importlib, inspect, json, os, platform, subprocess, textwrap, time
+import ast, functools, hashlib, importlib, inspect, json, os, platform, subprocess, textwrap, time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -26,6 +26,12 @@ def _tree(node):
     fields = [(k, v) for k,v in ast.iter_fields(node) if k not in _LOOSE and v not in (None, [])]
     return [type(node).__name__, *([k, _tree(v)] for k,v in fields)]
 
+@functools.cache
+def _hash(f):
+    "Hash the syntax tree of `f`, once in a process: hundreds of rows ask for the same functions."
+    tree = ast.parse(textwrap.dedent(inspect.getsource(f)))
+    return hashlib.sha256(json.dumps(_tree(tree)).encode()).hexdigest()[:12]
+
 def code_hash(
     name, # function or class, or its name below the package, such as blockwise_opt.fit_group
 ) -> str: # 12 hexadecimal digits
@@ -35,8 +41,7 @@ def code_hash(
         module,_,inner = name.partition('.')
         f = importlib.import_module(f'fips_nb.{module}')
         for part in inner.split('.'): f = getattr(f, part)
-    tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(f))))
-    return hashlib.sha256(json.dumps(_tree(tree)).encode()).hexdigest()[:12]
+    return _hash(inspect.unwrap(f))
 
 # %% ../nbs/04f_results.ipynb #04f-c016
 def _below(module, names): return tuple(f'{module}.{k}' for k in names.split())
@@ -50,7 +55,8 @@ TRAINING = _below('training', 'decay batch_order Course mean_loss Judge split_ba
                   '_epoch train')
 DISTILLATION = (*_below('distillation', 'predict output_loss Rate start_lr Teacher '
                         'distill_outputs'), *TRAINING)
-TUNING = (*_below('finetuning', 'Deck Views state_error Objective _pruner tune'), *TRAINING)
+TUNING = (*_below('finetuning', 'Deck Views state_error Objective _pruner _Epochs _attempt '
+                  'tune'), *TRAINING)
 PLANNER = _below('planner', 'allocate divergences make_plan _refine _slopes _without_bases')
 
 # %% ../nbs/04f_results.ipynb #04f-c018

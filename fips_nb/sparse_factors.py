@@ -396,6 +396,10 @@ class Schedule:
             object.__setattr__(self, 'sparsity', 1 - n/m)
 
 # %% ../nbs/02_sparse_factors.ipynb #02-c17
+def _zeros(masks):
+    "Fraction of the entries that are masked."
+    return 1 - sum(int(m.sum()) for m in masks)/max(1, sum(m.numel() for m in masks))
+
 @torch.no_grad()
 def _zero_dead(params, masks, opt=None):
     "Zero dead entries of parameters, gradients and moments."
@@ -429,10 +433,11 @@ class _Masks:
 
     def _prune(self, t=None):
         "Keep the largest entries at the sparsity of step `t`, or at the final one."
-        plan = self.schedule
+        plan,T = self.schedule, self.schedule.steps
         gradual = plan.method == 'gmp' and t is not None
-        at = lambda s: 1 - (gmp_sparsity(t, plan.steps, s) if gradual else s)
-        density = [at(s) for s in self.goals] if isinstance(self.goals, list) else at(self.goals)
+        at = lambda s,z: 1 - (gmp_sparsity(t, T, s, max(.05, z), max(.5, z)) if gradual else s)
+        many = isinstance(self.goals, list)
+        density = list(map(at, self.goals, self.zeros)) if many else at(self.goals, self.zeros)
         scores = [self._columns(p.detach().abs()) for p in self.params]
         masks = pick_masks(scores, density, plan.scope, plan.pattern)
         self.masks = [self._columns(m).contiguous() for m in masks]
@@ -487,6 +492,8 @@ class Pruner(_Masks):
             shapes = [self._columns(m).shape for m in self.masks]
             _check_densities(shapes, densities, schedule)
         self.goals = [1 - q for q in densities] if densities is not None else schedule.sparsity
+        each = [[m] for m in self.masks]
+        self.zeros = _zeros(self.masks) if densities is None else list(map(_zeros, each)) # at first
         if schedule.method != 'keep': self._prune(0)
         _zero_dead(self.params, self.masks)
 

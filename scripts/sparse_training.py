@@ -1,11 +1,13 @@
 """Train small networks sparse from the first step, and write `results/05a_sparse_training.json`.
 
-    python scripts/sparse_training.py mlp vit
+    python scripts/sparse_training.py mlp vit llm
 
 `mlp` is a perceptron (64-300-100-10) and `vit` a transformer of three blocks, 40 wide; both learn scikit-learn's digits
-from drawn weights: the 1000 images of `train`, jittered, and the 797 of `test` judge. All schedules of a task share the
-steps, the batches and the learning rate. The learning rate and the steps between updates were chosen on 200 images of
-`train` that were held out for it, with static masks and RigL only. One thread.
+from drawn weights: the 1000 images of `train`, jittered, and the 797 of `test` judge. `llm` is the demo language model
+with its trained weights, whose MLPs are sparsified; it reads 1500 windows of the sources that it was trained on (those of
+the Python that runs this), and the `eval` text, which it has never seen, judges. All schedules of a task share the steps,
+the batches and the learning rate. The learning rate and the steps between updates were chosen on a fifth of the images or
+windows of training that was held out for it, with static masks and RigL only. One thread.
 """
 import argparse
 import functools
@@ -16,11 +18,12 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from fips_nb.demo import demo_images
+from fips_nb.demo import demo_images, demo_llm, demo_text
 from fips_nb.results import TRAINING, record
 from fips_nb.sparse_factors import Schedule
 from fips_nb.sparse_training import sparsify
 from fips_nb.training import Course, train
+from train_demo_llm import sources, split
 
 NAME = "05a_sparse_training"
 CODE = ("sparse_training.sparsify", *(f"sparse_factors.{k}" for k in (
@@ -42,7 +45,8 @@ def vit():
 
 
 TASKS = dict(mlp=dict(make=mlp, steps=1200, batch=100, gammas=(0., .3, .6, .95)),
-             vit=dict(make=vit, steps=700, batch=50, gammas=(0., .3, .95)))
+             vit=dict(make=vit, steps=700, batch=50, gammas=(0., .3, .95)),
+             llm=dict(steps=150, batch=8, gammas=(0., .3)))
 
 
 def jitter(x, gen):
@@ -96,12 +100,54 @@ def digits(task, method, sparsity=0., gamma=0., densities="uniform", fresh=True,
     return dict(top1=top1, loss=F.cross_entropy(out, yt).item(), n=len(xt)) | figures | masks(moves)
 
 
+def windows(tok, files, length=128):
+    "Texts as windows of tokens (n, length)."
+    ids = [t for o in tok.backend_tokenizer.encode_batch(files) for t in [*o.ids, tok.eos_token_id]]
+    return torch.tensor(ids[:len(ids)//length*length]).view(-1, length)
+
+
+def next_loss(model, x):
+    "Loss of every next token, and whether it is the likeliest one."
+    out = model(input_ids=x).logits[:, :-1].flatten(0, 1)
+    y = x[:, 1:].flatten()
+    return F.cross_entropy(out, y), (out.argmax(1) == y).float().mean()
+
+
+@functools.cache
+def texts(n=1500):
+    "Windows of the files that the demo was trained on, drawn once, and those of its held-out text."
+    tok, files = demo_llm()[1], split(sources([], 1e9))[0]
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist()
+    return windows(tok, [files[i] for i in order])[:n], windows(tok, demo_text("eval"))
+
+
+def text(task, method, sparsity=0., gamma=0., seed=0, lr=3e-3, every=50, judge=0):
+    "One run on text; with `judge`, so many windows of training are held out and judge in place of the test."
+    steps, batch = (TASKS[task][k] for k in ("steps", "batch"))
+    model, moves = demo_llm()[0].float(), None
+    if method != "dense":
+        names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".mlp." in n]
+        moves = sparsify(model, schedule(method, sparsity, steps, gamma, every), names, seed=seed)
+    x, held = texts()
+    if judge: x, held = x[:-judge], x[-judge:]
+
+    def loss(model, j, epoch):
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(10**3*seed + epoch))
+        return next_loss(model, x[order[j*batch:(j + 1)*batch]])[0], {}
+
+    figures = fit(model.train(), loss, moves, Course(list(range(len(x)//batch)), steps=steps, seed=seed), lr=lr)
+    with torch.no_grad(): nats, right = (torch.stack(o).mean().item() for o in zip(*(
+        next_loss(model.eval(), b) for b in held.split(50))))
+    return dict(top1=right, loss=nats, n=held[:, 1:].numel()) | figures | masks(moves)
+
+
 def runs(task):
-    "What is compared: settings of `digits`."
+    "What is compared: settings of a task."
     yield dict(method="dense")
     for s in SPARSITIES:
-        yield from (dict(method=m, sparsity=s) for m in ("static", "set", "rigl", "gmp"))
+        yield from (dict(method=m, sparsity=s) for m in ("static", "set", "rigl", "gmp") if (task, m) != ("llm", "set"))
         yield from (dict(method="srigl", sparsity=s, gamma=g) for g in TASKS[task]["gammas"])
+    if task == "llm": return
     for s in SPARSITIES[1:] if task == "mlp" else SPARSITIES[2:]:
         yield dict(method="rigl", sparsity=s, densities="erk")
         yield dict(method="srigl", sparsity=s, gamma=.3, densities="erk")
@@ -117,7 +163,7 @@ def main():
     for task in a.tasks:
         for seed in range(a.seeds):
             for how in runs(task):
-                run = functools.partial(digits, task, seed=seed, **how)
+                run = functools.partial(text if task == "llm" else digits, task, seed=seed, **how)
                 row = record(NAME, dict(task=task, **how), run, CODE, seed)
                 print(task, seed, how, {k: round(v, 4) for k, v in row.items() if isinstance(v, float)}, flush=True)
 

@@ -1,5 +1,15 @@
-"""Fixtures that several files share."""
+"""Fixtures that several files share, and the order of the files."""
 import pytest
+
+# each takes a minute or more; xdist deals whole files in this order, and none of them may be left for the end
+LONG = ("trial", "finetune", "cli_text", "architectures", "coded_memory", "planner", "hub", "kernels", "compare", "cli_kinds",
+        "site", "three_lines", "cli")
+
+
+def pytest_collection_modifyitems(items):
+    "Long files first."
+    place = {f"test_{name}": i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
 
 
 @pytest.fixture

@@ -181,7 +181,7 @@ def test_factors_are_parts_whatever_their_size():
 
 
 def test_a_teacher_is_followed_and_counted():
-    model, batches = demo_vit(), list(demo_images("train")[0][:160].split(20))
+    model, batches = demo_vit(), list(demo_images("train")[0][:80].split(20))
     made = factored_vit()
     nbytes = bits_to_bytes(model, 3)
     alone, told = (code_model(made, batches, nbytes, 2, teacher=t) for t in (None, model))

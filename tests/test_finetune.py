@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fips_nb import cli, commands, finetune, training
+from fips_nb import cli, commands, finetune, finetuning, training
 from fips_nb.demo import demo_images
 from fips_nb.folder_format import folder_bytes
 from fips_nb.hub import load
@@ -105,6 +105,27 @@ def test_masks_that_move_stay_as_dense_and_as_small(fips):
     assert any(not torch.equal(a, b) for a, b in zip(old, new))
     assert all(b.sum() >= a.sum() for a, b in zip(old, new))
     assert folder_bytes("moved") <= 1.01*folder_bytes("factors")
+
+
+def test_masks_that_prune_on_leave_a_smaller_folder(fips):
+    "By GMP; the report says so, even if the smaller model is worse."
+    status, out, err = fips("finetune factors --out thin --masks gmp --prune .5 --epochs 4 --n 240 --batch-size 24 --json")
+    assert status == 0, err
+    said = json.loads(out)
+    assert said["prune"] == .5 and any("50% of the live entries" in note for note in said["notes"])
+    old, new = zeros(load("factors")), zeros(load("thin"))
+    assert all((a <= b).all() and abs((~b).sum() - .5*(~a).sum()) <= 1 for a, b in zip(old, new))
+    gone = sum(int(b.sum() - a.sum()) for a, b in zip(old, new))
+    assert folder_bytes("factors") - folder_bytes("thin") > 1.9*gone > 0
+
+
+def test_the_first_rate_follows_from_the_first_epoch(fips, monkeypatch):
+    "A rate that makes the first epoch a step back is quartered, which the report says; a rate that was given stays."
+    monkeypatch.setattr(finetuning, "RATE", .1)
+    told = finetune("factors", out="slower", **FEW).report["finetuned"]
+    assert told["lr"] in (.025, .00625) and told["after"] < told["before"]
+    assert told["notes"][0].startswith(f"the first rate was {told['lr']:g}")
+    assert finetune("factors", out="given", lr=.1, **FEW).report["finetuned"]["lr"] == .1
 
 
 @pytest.mark.parametrize("folder", ["factors", "coded"])
@@ -222,7 +243,9 @@ REFUSED = [(("demo-vit",), {}, "no folder of a compressed model"), (("nowhere",)
            (("factors", [(X[:10], torch.full((10,), 12))]*8), dict(loss="labels"), "--new-head"),
            (("factors", [(X[:10], torch.full((10,), -1))]*8), dict(loss="both"), "label -1"),
            (("factors", [X[:10, :, :5]]*8), {}, "cannot run on the first batch"),
-           (("coded",), dict(masks="rigl"), "has codes"), (("text",), dict(mix=True), "--mix is for classifiers of images"),
+           (("coded",), dict(masks="rigl"), "has codes"), (("coded",), dict(masks="gmp", prune=.5), "has codes"),
+           (("factors",), dict(masks="gmp"), ".5 takes half"), (("factors",), dict(prune=.5), "for masks 'gmp'"),
+           (("text",), dict(mix=True), "--mix is for classifiers of images"),
            (("text",), dict(new_head=True), "--new-head is for"), (("factors",), dict(window=8), "--window is for models of text"),
            (("factors",), dict(dense="demo-vit"), "--dense is for models of transformers"),
            (("factors",), dict(epochs=0), "--epochs 0"), (("factors",), dict(smoothing=2.), "smoothing 2.0"),
