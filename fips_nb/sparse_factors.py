@@ -492,8 +492,7 @@ class Pruner(_Masks):
             shapes = [self._columns(m).shape for m in self.masks]
             _check_densities(shapes, densities, schedule)
         self.goals = [1 - q for q in densities] if densities is not None else schedule.sparsity
-        each = [[m] for m in self.masks]
-        self.zeros = _zeros(self.masks) if densities is None else list(map(_zeros, each)) # at first
+        self.zeros = _zeros(self.masks) if densities is None else [_zeros([m]) for m in self.masks]
         if schedule.method != 'keep': self._prune(0)
         _zero_dead(self.params, self.masks)
 

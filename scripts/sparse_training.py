@@ -19,11 +19,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from fips_nb.demo import demo_images, demo_llm, demo_text
+from fips_nb.finetuning import label_loss, next_tokens
 from fips_nb.results import TRAINING, record
 from fips_nb.sparse_factors import Schedule
 from fips_nb.sparse_training import sparsify
 from fips_nb.training import Course, train
-from train_demo_llm import sources, split
+from train_demo_llm import encode, sources, split
 
 NAME = "05a_sparse_training"
 CODE = ("sparse_training.sparsify", *(f"sparse_factors.{k}" for k in (
@@ -102,15 +103,14 @@ def digits(task, method, sparsity=0., gamma=0., densities="uniform", fresh=True,
 
 def windows(tok, files, length=128):
     "Texts as windows of tokens (n, length)."
-    ids = [t for o in tok.backend_tokenizer.encode_batch(files) for t in [*o.ids, tok.eos_token_id]]
-    return torch.tensor(ids[:len(ids)//length*length]).view(-1, length)
+    ids = encode(tok, files).long()
+    return ids[:len(ids)//length*length].view(-1, length)
 
 
 def next_loss(model, x):
     "Loss of every next token, and whether it is the likeliest one."
-    out = model(input_ids=x).logits[:, :-1].flatten(0, 1)
-    y = x[:, 1:].flatten()
-    return F.cross_entropy(out, y), (out.argmax(1) == y).float().mean()
+    out, y = model(input_ids=x).logits, next_tokens(x)
+    return label_loss(out, y), (out[:, :-1].argmax(-1) == y).float().mean()
 
 
 @functools.cache
