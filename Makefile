@@ -71,21 +71,21 @@ demo: $(VENV)/.run ## compress the small demo model, evaluate it, write it to de
 test: $(VENV)/.test ## everything: generated files in sync, notebooks, pytest
 	$(POLITE) $(BIN)/python -m pytest -m sync
 	$(POLITE) $(BIN)/nbdev_test --n_workers $(JOBS) --timing --flags "$(FLAGS)"
-	$(POLITE) $(BIN)/python -m pytest -m "not sync" -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	$(POLITE) $(BIN)/python -m pytest -m "not sync" -n $(JOBS) --dist worksteal
 
 trial: $(VENV)/.test ## hours of hostile folders, kills and failing disks: make trial N=100000 KILLS=1000 SEED=1
 	$(POLITE) $(BIN)/python tests/trial.py folders $(N) --seed $(SEED) --record
 	$(POLITE) $(BIN)/python tests/trial.py kills $(KILLS) --seed $(SEED) --record
 	$(POLITE) $(BIN)/python tests/trial.py faults --record
 
-check: $(VENV)/.test ## only the quick checks: generated files, layout, import direction, outputs, figures
+check: $(VENV)/.test ## only the quick checks: generated files, layout, imports, sidebar, outputs, figures
 	$(POLITE) $(BIN)/python -m pytest tests/test_packaging.py -n $(JOBS)
 
 export: $(VENV)/.test ## write fips_nb/ from the notebooks
 	$(BIN)/nbdev_export
 
-run: $(VENV)/.test ## execute notebooks in place with their outputs: make run NB=nbs/00_svd_init.ipynb
-	@test -n "$(NB)" || { echo "Say which notebooks: make run NB=nbs/00_svd_init.ipynb (or NB='nbs/*.ipynb')" >&2; exit 1; }
+run: $(VENV)/.test ## execute notebooks in place with their outputs: make run NB=nbs/share/budgets.ipynb
+	@test -n "$(NB)" || { echo "Say which notebooks: make run NB=nbs/share/budgets.ipynb (all: NB='nbs/*.ipynb nbs/*/*.ipynb')" >&2; exit 1; }
 	$(BIN)/python tools/run_nb.py --flags "$(FLAGS)" $(NB)
 	for nb in $(NB); do $(BIN)/nbdev_clean --fname "$$nb" || exit 1; done
 
@@ -102,7 +102,8 @@ docs: $(DOCS_ENV) ## render the site with Quarto into _docs/
 	@touch README.md # nbdev renders README.md by itself when it is older than the index notebook
 	PATH="$(CURDIR)/$(BIN):$$PATH"; command -v quarto >/dev/null || { echo "Quarto is missing" >&2; exit 1; }; \
 	PYTHONPATH="$(CURDIR)" nbdev_docs --n_workers 0
+	$(BIN)/python tools/search.py _docs/search.json
 
 clean: ## remove what the commands above wrote, except $(VENV)
-	rm -rf demo-out _proc _docs _preview build dist *.egg-info .pytest_cache
-	find fips_nb tests tools nbs -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
+	rm -rf demo-out _proc _docs _preview build dist *.egg-info .pytest_cache nbs/.quarto
+	find fips_nb tests tools nbs \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +

@@ -1,7 +1,7 @@
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
-_HOME = dict(compress="commands", save="hub", load="hub", evaluate="evaluation", code_model="coded_models",
-             hold_as="coded_memory", finetune="finetune_folders")
+_HOME = dict(compress="run.compress", load="store.hub", save="store.hub", evaluate="run.evaluate", finetune="run.finetune",
+             compare="run.compare", info="run.folders", bench="run.folders", export="run.folders")
 __all__ = [*_HOME]
 
 

@@ -13,7 +13,7 @@ import torch
 from .svd_init import BudgetTooSmall, svd_init, weighted_truncate, whiten
 from .grouping import Group, LinearSpec
 from .sparse_factors import cubic_density, pick_masks
-from .statistics import Metric
+from .share.statistics import Metric
 
 # %% ../nbs/03_blockwise_opt.ipynb #03-c009
 def _conjugate_gradients(apply, target, x, diagonal, steps):

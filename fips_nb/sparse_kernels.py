@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 import torch.nn.functional as F
-from .disk import check_private, private_folder, replacing
+from .store.disk import check_private, private_folder, replacing
 
 # %% ../nbs/04_sparse_kernels.ipynb #04-c007
 @functools.cache
@@ -412,7 +412,8 @@ def _open():
     home = Path(os.environ.get('XDG_CACHE_HOME') or '.') # a relative one does not count
     folder = (home if home.is_absolute() else Path.home()/'.cache')/'fips_nb'
     assets = files('fips_nb')/'assets'
-    source = ''.join((assets/f'{k}.cpp').read_text() for k in ('kernels', 'decoder', 'integers'))
+    names = 'kernels', 'decoder', 'integers', 'rounding'
+    source = ''.join((assets/f'{k}.cpp').read_text() for k in names)
     try:
         try: path = _build(source, private_folder(folder))
         except OSError as e: # a home that cannot be written to, or that others can write to
@@ -422,6 +423,7 @@ def _open():
     except (RuntimeError, OSError) as e:
         return _say(f"no sparse kernels, packed layers run dense: {e}")
     at,n,code = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int # pointers, sizes, types of tensors
+    lib.fips_sweep.argtypes = [at]*10 + [n]*4 + [code]*3 + [ctypes.c_float, code]
     lib.fips_decode.argtypes = [at, n, at, n, at, code, code, at, n, at, n, at, n, at, n, at, code,
                                 at]
     lib.fips_encode.argtypes,lib.fips_encode.restype = [at, at, n, at, at, at, n, at], n

@@ -28,11 +28,11 @@ from torch import nn
 from torchao.quantization import Int4Tensor, Int4WeightOnlyConfig, Int8Tensor, Int8WeightOnlyConfig
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
-from fips_nb.llm_experiments import MEASURE
-from fips_nb.results import record
-from fips_nb.text import perplexity
+from fips_nb.measure.records import record
+from fips_nb.measure.perplexity import perplexity
 
 GPTQ = [("gptq", bits, group) for bits in (8, 4, 3) for group in (32, 64)]
+ENTRY = ["scripts/baselines_fixed:measure", "nbs/06_llm_experiments:Subject"]
 TORCHAO = [("torchao", 8, None), ("torchao", 4, 32), ("torchao", 4, 64)]
 
 
@@ -115,7 +115,7 @@ def main():
         key = dict(model=a.model, seed=seed, method=method, bits=bits, group=group)
         if method == "gptq": key |= dict(windows=shared.windows, length=shared.length)
         make = lambda: measure(shared, a.model, method, bits, group, seed)
-        row = record("06_fixed_rivals", key, make, MEASURE, seed or 0)
+        row = record("06_fixed_rivals", key, make, ENTRY, seed or 0)
         more = 100*(row["perplexity"]/row["dense_perplexity"] - 1)
         print(f"{key}: {row['bits']:.3f} bits, {more:.2f} % above dense", flush=True)
 

@@ -19,16 +19,19 @@ from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.pruning.sparsegpt import SparseGPTModifier
 from llmcompressor.modifiers.pruning.wanda import WandaPruningModifier
+from notebooks import definitions
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, default_data_collator
 
-from fips_nb.budgets import budget_for_bytes, budget_for_ratio, configure
-from fips_nb.demo import demo_llm, demo_text
+from fips_nb.share.budgets import budget_for_bytes, budget_for_ratio, configure
+from fips_nb.data.demo import demo_llm, demo_text
 from fips_nb.grouping import factor_bytes, find_mlps
-from fips_nb.llm_experiments import MEASURE, Subject
-from fips_nb.results import record
-from fips_nb.text import open_tokenizer, perplexity
+from fips_nb.measure.records import record
+from fips_nb.data.text import open_tokenizer
+from fips_nb.measure.perplexity import perplexity
 
+ENTRY = ["scripts/baselines_llmcompressor:measure", "nbs/06_llm_experiments:Subject"]
+Subject = definitions("06_llm_experiments").Subject
 METHODS = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}
 
 
@@ -99,7 +102,7 @@ def main():
         key = dict(model=a.model, windows=256, length=256, seed=seed, ratio=ratio, preset=method,
                    plan=False, distilled=0)
         make = lambda: measure(a.model, ratio, method, seed)
-        row = record("06_llmcompressor", key, make, MEASURE, seed)
+        row = record("06_llmcompressor", key, make, ENTRY, seed)
         more = row["perplexity"]/row["dense_perplexity"]
         print(f"{key}: {row['model_bytes']:.4f} of the bytes, {more:.4f} x the dense perplexity")
 

@@ -18,16 +18,18 @@ from pathlib import Path
 
 import torch
 from nncodec.nn import decode, encode
+from notebooks import definitions
 from transformers import AutoModelForCausalLM
 
-from fips_nb.demo import demo_llm, demo_text
-from fips_nb.evaluation import evaluate
-from fips_nb.images import ImageBatches, find_images, transform_for
-from fips_nb.llm_experiments import Subject
-from fips_nb.models import open_model
-from fips_nb.results import record
-from fips_nb.text import open_tokenizer, perplexity
+from fips_nb.data.demo import demo_llm, demo_text
+from fips_nb.measure.evaluation import evaluate
+from fips_nb.data.images import ImageBatches, find_images, transform_for
+from fips_nb.data.models import open_model
+from fips_nb.measure.records import record
+from fips_nb.data.text import open_tokenizer
+from fips_nb.measure.perplexity import perplexity
 
+Subject = definitions("06_llm_experiments").Subject
 DATA = Path(os.environ.get("FIPS_NB_DATA", "."))
 FIGURES = ("top1", "difference", "difference_stderr", "kl", "n", "perplexity", "dense_perplexity")
 
@@ -69,10 +71,12 @@ def main():
     p.add_argument("model", choices=("vit_tiny_patch16_224", "stories260k", "demo-llm"))
     p.add_argument("--qp", type=int, nargs="+", default=[-32, -30, -28, -26, -24, -22, -20])
     a = p.parse_args()
-    model, figures = vision() if a.model.startswith("vit") else language(a.model)
+    seen = a.model.startswith("vit")
+    model, figures = vision() if seen else language(a.model)
+    entry = [f"scripts/baselines_nncodec:{k}" for k in ("measure", "vision" if seen else "language")]
+    if not seen: entry.append("nbs/06_llm_experiments:Subject")
     for qp in a.qp:
-        row = record("05_nncodec", dict(model=a.model, qp=qp), lambda: measure(model, figures, qp),
-                     ["evaluation.evaluate"] if a.model.startswith("vit") else ["text.perplexity"])
+        row = record("05_nncodec", dict(model=a.model, qp=qp), lambda: measure(model, figures, qp), entry)
         print(f"qp {qp}: {row['bits']:.3f} bits, divergence {row['kl']:.4f}, {row['seconds']:.1f} s", flush=True)
 
 

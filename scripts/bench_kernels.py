@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fips_nb import __version__
-from fips_nb.packing import optimize
+from fips_nb.speed.packing import optimize
 from fips_nb.sparse_factors import FactorLinear, fan_in_mask, nm_mask
 from fips_nb.sparse_kernels import FORMATS, device_name, kernels, stopwatch
 

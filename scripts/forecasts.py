@@ -18,11 +18,9 @@ import warnings
 from pathlib import Path
 
 from fips_nb import compress
-from fips_nb.results import record
+from fips_nb.measure.records import record
 
 DATA = Path(os.environ.get("FIPS_NB_DATA", "."))
-CODE = ("coded_models.coding_seconds", "coded_models._pass_seconds", "pipeline.expected_seconds",
-        "pipeline.expected_operations", "pipeline.forward_seconds", "pipeline.step_seconds", "pipeline.seconds_of")
 WHERE = {
     "stories260k": ("stories260k", dict(calib="text/tinystories_calib.txt")),
     "vit_tiny_patch16_224": (None, dict(weights="vit_tiny/vit_tiny_patch16_224.safetensors", calib="imagenet_calib")),
@@ -84,7 +82,7 @@ def main():
             run = [sys.executable, __file__, "--one", json.dumps([name, options])]
             return json.loads(subprocess.run(run, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
-        row = record("09_forecasts", dict(model=name, **options), make, CODE)
+        row = record("09_forecasts", dict(model=name, **options), make, "scripts/forecasts:one")
         print(f"{row['expected']:8.1f} s expected, {row['taken']:8.1f} s taken, {row['ratio']:.2f}: {row['key']}", flush=True)
 
 

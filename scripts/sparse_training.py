@@ -18,18 +18,15 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from fips_nb.demo import demo_images, demo_llm, demo_text
-from fips_nb.finetuning import label_loss, next_tokens
-from fips_nb.results import TRAINING, record
+from fips_nb.data.demo import demo_images, demo_llm, demo_text
+from fips_nb.learn.finetuning import label_loss, next_tokens
+from fips_nb.measure.records import record
 from fips_nb.sparse_factors import Schedule
-from fips_nb.sparse_training import sparsify
-from fips_nb.training import Course, train
+from fips_nb.research.sparse_training import sparsify
+from fips_nb.learn.training import Course, train
 from train_demo_llm import encode, sources, split
 
 NAME = "05a_sparse_training"
-CODE = ("sparse_training.sparsify", *(f"sparse_factors.{k}" for k in (
-    "topk_mask", "pick_masks", "fan_in_mask", "gmp_sparsity", "rigl_mask", "srigl_mask", "erk_densities",
-    "_place", "_refill", "_drop", "_zero_dead", "Schedule", "_Masks", "Pruner")), *TRAINING)
 SPARSITIES = (.8, .9, .95)
 
 
@@ -163,8 +160,9 @@ def main():
     for task in a.tasks:
         for seed in range(a.seeds):
             for how in runs(task):
-                run = functools.partial(text if task == "llm" else digits, task, seed=seed, **how)
-                row = record(NAME, dict(task=task, **how), run, CODE, seed)
+                one = text if task == "llm" else digits
+                run = functools.partial(one, task, seed=seed, **how)
+                row = record(NAME, dict(task=task, **how), run, f"scripts/sparse_training:{one.__name__}", seed)
                 print(task, seed, how, {k: round(v, 4) for k, v in row.items() if isinstance(v, float)}, flush=True)
 
 

@@ -237,7 +237,7 @@ REFUSED = REFUSED_TIMM + REFUSED_TRANSFORMERS
 
 def found(case):
     "Numbers of MLPs, attentions and coded matrices of `case`; None where they do not work."
-    from fips_nb.coded_models import find_parts
+    from fips_nb.round.costs import find_parts
     from fips_nb.grouping import find_modules
     model, out = case.make(), {}
     for targets, works in (("mlp", not case.said), ("attn", case.attention)):

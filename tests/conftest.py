@@ -1,15 +1,15 @@
-"""Fixtures that several files share, and the order of the files."""
+"""Fixtures that several files share, and what must not come last."""
 import pytest
 
-# each takes a minute or more; xdist deals whole files in this order, and none of them may be left for the end
-LONG = ("trial", "finetune", "cli_text", "architectures", "coded_memory", "planner", "hub", "kernels", "compare", "cli_kinds",
-        "site", "three_lines", "cli")
+from folders import demos, home, no_work, short # fixtures
+
+# each takes a minute or more in few tests: they go first, so that no process is left alone with one
+LONG = ("test_trial", "test_site", "test_finetune", "test_cli_text")
 
 
 def pytest_collection_modifyitems(items):
-    "Long files first."
-    place = {f"test_{name}": i for i, name in enumerate(LONG)}
-    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
+    "Long files first; else as they are collected."
+    items.sort(key=lambda item: item.path.stem not in LONG)
 
 
 @pytest.fixture

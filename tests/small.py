@@ -5,10 +5,11 @@ from timm.layers import GluMlp, SwiGLUPacked
 from timm.models import ConvNeXt, Eva, MlpMixer, SwinTransformer, VisionTransformer
 from timm.models.vision_transformer import ParallelThingsBlock
 
-from fips_nb.budgets import PRESETS
-from fips_nb.coded_models import find_parts
-from fips_nb.entropy_coding import encode
-from fips_nb.rate_distortion import Codes
+from fips_nb.data.demo import demo_vit
+from fips_nb.share.budgets import PRESETS
+from fips_nb.round.costs import find_parts
+from fips_nb.round.entropy import encode
+from fips_nb.round.rounding import Codes
 
 SMALL = dict(embed_dim=16, depth=2, num_heads=2, num_classes=5)
 PLAIN = SMALL | dict(img_size=8, patch_size=4)
@@ -90,3 +91,13 @@ def put_codes(model, step=-20):
         model.fips_codes[part.name] = encode(c)
     model.fips_codes = dict(sorted(model.fips_codes.items()))
     return model.eval()
+
+
+def first_blocks(n):
+    "The demo's first `n` blocks and its head, with notes on how it was made as timm writes them."
+    model = demo_vit()
+    model.blocks = model.blocks[:n]
+    model._model_args = dict(depth=n)
+    model.pretrained_cfg = dict(architecture="demo-vit", input_size=(1, 8, 8), fixed_input_size=True, crop_pct=1.,
+                                interpolation="bilinear", mean=(.5,), std=(.5,), num_classes=10)
+    return model

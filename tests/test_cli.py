@@ -16,10 +16,12 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from fips_nb import cli, commands, hub, pipeline, timm_folders
-from fips_nb.budgets import PRESETS
-from fips_nb.demo import demo_images, demo_vit
-from fips_nb.folder_format import dense_bytes
+from fips_nb.run import cli, commands
+from fips_nb.store import hub, timm_folders
+from fips_nb import pipeline
+from fips_nb.share.budgets import PRESETS
+from fips_nb.data.demo import demo_images, demo_vit
+from fips_nb.store.codes import dense_bytes
 from fips_nb.sparse_factors import factor_layers
 
 DATA = os.environ.get("FIPS_NB_DATA")
@@ -232,13 +234,13 @@ def test_presets_of_help_are_those_of_the_package(fips):
 
 def test_help_is_quick_and_light():
     t = time.perf_counter()
-    call = ("import sys; from fips_nb.cli import main; s = main(['--help']); "
+    call = ("import sys; from fips_nb.run.cli import main; s = main(['--help']); "
             "print(sorted({'torch', 'timm', 'numpy'} & set(sys.modules))); sys.exit(s)")
     res = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True)
     assert res.returncode == 0 and res.stdout.strip().endswith("[]")
     assert "fips compress demo-vit --out" in res.stdout
     assert time.perf_counter() - t < 5
-    call = "import sys; from fips_nb.cli import main; sys.exit(main())"
+    call = "import sys; from fips_nb.run.cli import main; sys.exit(main())"
     res = subprocess.run([sys.executable, "-c", call, "compress"], capture_output=True, text=True)
     assert res.returncode == 2 and res.stderr.startswith("fips: error: ")
     assert res.stderr.count("\n") == 1 and not res.stdout

@@ -9,8 +9,8 @@ import transformers as tf
 from PIL import Image
 from test_cli_text import END, TEXT, fips, small_tokenizer
 
-from fips_nb import hub
-from fips_nb.models import kind_of, open_any
+from fips_nb.store import hub
+from fips_nb.data.models import kind_of, open_any
 from fips_nb.sparse_factors import factor_layers
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -199,8 +199,8 @@ def test_bits_and_bench(name, home, tmp_path, capsys):
 
 def test_labels_are_those_of_the_model(home, tmp_path):
     "Folders named as the classes are numbered by id2label, whatever their order."
-    from fips_nb.commands import evaluate
-    from fips_nb.models import read_batches
+    from fips_nb.run.commands import evaluate
+    from fips_nb.data.models import read_batches
     ours = torch.cat([y for _, y in read_batches(open_any(str(home / 'vit')), home / 'images')])
     assert ours.tolist() == [1] * 6 + [0] * 6 + [2] * 6  # dark_blue, green, red
     o = open_any(str(home / 'vit'))

@@ -8,12 +8,14 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-import fips_nb.transformers_folders  # noqa: F401 (registers the format with transformers)
-from fips_nb import coded_models, commands, pipeline, planner
-from fips_nb.budgets import PRESETS, configure
-from fips_nb.cli import main
-from fips_nb.models import in_transformers
-from fips_nb.text import enough_windows
+import fips_nb.store.transformers_folders  # noqa: F401 (registers the format with transformers)
+from fips_nb.run import commands
+from fips_nb.share import planner
+from fips_nb import coded_models, pipeline
+from fips_nb.share.budgets import PRESETS, configure
+from fips_nb.run.cli import main
+from fips_nb.data.models import in_transformers
+from fips_nb.data.text import enough_windows
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 TEXT = ['def read(self, size=-1):\n    return self.buffer.read(size)\n' * 12,

@@ -3,19 +3,22 @@ import copy
 
 import pytest
 import torch
-from small import put_codes
+from small import first_blocks, put_codes
 from torch import nn
 
-from fips_nb import coded_memory, commands, hub
-from fips_nb.coded_memory import Int8Embedding, Int8Linear, bench_modes, hold_as, int8_product
-from fips_nb.coded_models import bits_to_bytes, code_model, dense_params, find_parts, measure_costs
-from fips_nb.demo import demo_images, demo_vit
-from fips_nb.distillation import output_loss
-from fips_nb.entropy_coding import encode
-from fips_nb.folder_format import folder_bytes
-from fips_nb.packing import optimize, pack, random_factors, resident_bytes
-from fips_nb.pipeline import compress
-from fips_nb.rate_distortion import Codes
+from fips_nb.run import folders
+from fips_nb.store import hub
+from fips_nb.round.modes import Int8Embedding, Int8Linear, bench_modes, hold_as, int8_product
+from fips_nb.round.sizes import bits_to_bytes, dense_params
+from fips_nb.round.code import code_model
+from fips_nb.round.costs import find_parts, measure_costs
+from fips_nb.data.demo import demo_images, demo_vit
+from fips_nb.learn.distillation import output_loss
+from fips_nb.round.entropy import encode
+from fips_nb.store.codes import folder_bytes
+from fips_nb.speed.packing import optimize, pack, random_factors, resident_bytes
+from fips_nb.share.pipeline import compress
+from fips_nb.round.rounding import Codes
 from fips_nb.sparse_factors import FactorLinear
 
 
@@ -100,7 +103,7 @@ def test_a_changed_weight_is_kept():
 
 @pytest.mark.parametrize("compiled", [True, False])
 def test_products(compiled, monkeypatch):
-    if not compiled: monkeypatch.setattr(coded_memory, "library", lambda: None)
+    if not compiled: monkeypatch.setattr("fips_nb.round.modes.library", lambda: None)
     g = torch.Generator().manual_seed(0)
     for n, i, o in ((1, 1, 1), (3, 17, 5), (600, 64, 48), (0, 8, 4)):
         x, q = torch.randn(n, i, generator=g), torch.randint(-127, 128, (o, i), generator=g).to(torch.int8)
@@ -115,17 +118,16 @@ def test_products(compiled, monkeypatch):
     assert (y[0] == 0).all() and y[1].isnan().all() and y[2].isfinite().all()
 
 
-def test_threads(monkeypatch):
+def test_threads(one_thread):
     x, q = torch.randn(2000, 64), torch.randint(-127, 128, (48, 64)).to(torch.int8)
     one = int8_product(x, q, torch.ones(48), torch.ones(64))
     torch.set_num_threads(3)
-    try: assert torch.equal(int8_product(x, q, torch.ones(48), torch.ones(64)), one)
-    finally: torch.set_num_threads(1)
+    assert torch.equal(int8_product(x, q, torch.ones(48), torch.ones(64)), one)
 
 
 def test_refusals(tmp_path):
     net = by_hand(nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 32)))
-    with pytest.raises(ValueError, match="'fast' is not one of dense, int8, coded"): hold_as(net, "fast")
+    with pytest.raises(ValueError, match="fast'? is not one of dense, int8, coded"): hold_as(net, "fast")
     with pytest.raises(ValueError, match="no codes"): hold_as(nn.Linear(3, 3), "int8")
     with pytest.raises(ValueError, match="'size' is not 'time' or 'memory'"): bench_modes(net, {}, "size")
     held = hold_as(copy.deepcopy(net), "int8")
@@ -163,9 +165,12 @@ def test_entries_of_a_sparse_projection_do_not_make_up_for_each_other(preset):
 
 # ---- factors ----
 
-def factored_vit():
-    "The demo with factors, made without a fit that takes time."
-    return compress(demo_vit(), [demo_images("train")[0][:50]], .4, levels=1, distill_epochs=0, group_size=5).model
+def pictures(n, size=20): return list(demo_images("train")[0][:n].split(size))
+
+
+def factored_vit(n=4):
+    "Blocks of the demo with factors, made without a fit that takes time."
+    return compress(first_blocks(n), pictures(50, 50), .4, levels=1, distill_epochs=0, group_size=2).model
 
 
 def test_factors_are_parts_whatever_their_size():
@@ -180,37 +185,40 @@ def test_factors_are_parts_whatever_their_size():
     assert find_parts(net)[0].uses == (("a", "U"), ("b", "U")) and dense_params(net) == 8*6*2 + 72
 
 
-def test_a_teacher_is_followed_and_counted():
-    model, batches = demo_vit(), list(demo_images("train")[0][:80].split(20))
-    made = factored_vit()
-    nbytes = bits_to_bytes(model, 3)
-    alone, told = (code_model(made, batches, nbytes, 2, teacher=t) for t in (None, model))
+@pytest.fixture
+def short_search(monkeypatch): monkeypatch.setattr("fips_nb.round.sizes.SPARE_BYTES", .05)
+
+
+def test_a_teacher_is_followed_and_counted(short_search):
+    model, made, batches = first_blocks(3), factored_vit(3), pictures(80, 10)
+    nbytes = bits_to_bytes(model, 4)
+    alone, told = (code_model(made, batches, nbytes, 4, teacher=t) for t in (None, model))
     assert [r.report["config"]["teacher"] for r in (alone, told)] == ["itself", "given"]
     n = sum(p.numel() for p in model.parameters())
     assert told.report["model_params"] == alone.report["model_params"] == dense_params(made) == n
-    assert 8*told.report["coded_bytes"]/n == pytest.approx(told.report["bits"]) and told.report["bits"] <= 3
+    assert 8*told.report["coded_bytes"]/n == pytest.approx(told.report["bits"]) and told.report["bits"] <= 4
     held = demo_images("train")[0][200:400]
     with torch.no_grad():
         loss = [output_loss(r.model(held), model(held)).item() for r in (told, alone)]
-    assert loss[0] < loss[1] # one of them knows what it stands for
+    assert loss[0] < .9*loss[1] # one of them knows what it stands for
     assert told.report["divergences"][0] > alone.report["divergences"][0]
-    names = {f"blocks.{i}.mlp.{k}" for i in range(20) for k in ("fc1.V", "fc2.V")}
-    assert names | {f"blocks.{i}.mlp.fc1.U" for i in (0, 5, 10, 15)} <= told.model.fips_codes.keys()
+    names = {f"blocks.{i}.mlp.{k}" for i in range(3) for k in ("fc1.V", "fc2.V")}
+    assert names | {f"blocks.{i}.mlp.fc1.U" for i in (0, 2)} <= told.model.fips_codes.keys()
 
 
 @pytest.mark.parametrize("preset", ["fips-als", "pruning"])
-def test_factors_that_no_output_depends_on_are_coded_too(preset, tmp_path):
+def test_factors_that_no_output_depends_on_are_coded_too(preset, short_search, tmp_path):
     "Else the whole group would be stored in 16 bits, and the file would exceed its size."
-    images, dense = list(demo_images("train")[0][:40].split(20)), demo_vit()
+    images, dense = pictures(40), first_blocks(4)
     model = compress(dense, images, .4, preset, levels=1, distill_epochs=0).model
-    model.blocks[19].mlp.forward = lambda x: torch.zeros_like(x)
-    made = code_model(model, images, bits_to_bytes(dense, 4), 0, teacher=dense)
-    assert {"blocks.19.mlp.fc1.V", "blocks.19.mlp.fc2.V"} <= made.model.fips_codes.keys()
-    del made.model.blocks[19].mlp.forward
-    V, W = (m.blocks[19].mlp.fc1.V for m in (model, made.model))
+    model.blocks[3].mlp.forward = lambda x: torch.zeros_like(x)
+    made = code_model(model, images, bits_to_bytes(dense, 5), 0, teacher=dense)
+    assert {"blocks.3.mlp.fc1.V", "blocks.3.mlp.fc2.V"} <= made.model.fips_codes.keys()
+    del made.model.blocks[3].mlp.forward
+    V, W = (m.blocks[3].mlp.fc1.V for m in (model, made.model))
     assert (V - W).norm() < .8*V.norm()
     folder = hub.save(made, tmp_path/"m")
-    assert folder_bytes(folder) <= made.report["coded_bytes"] <= bits_to_bytes(dense, 4)
+    assert folder_bytes(folder) <= made.report["coded_bytes"] <= bits_to_bytes(dense, 5)
 
 
 def test_factors_are_not_held_as_codes():
@@ -226,8 +234,8 @@ def test_factors_are_not_held_as_codes():
 
 def test_bench_packs_coded_factors(tmp_path):
     folder = hub.save(put_codes(factored_vit()), tmp_path/"m")
-    row, = commands.bench(str(folder))["rows"]
-    assert row["mode"] == "packed" and sum(row["formats"].values()) == 40
+    row, = folders.bench(str(folder))["rows"]
+    assert row["mode"] == "packed" and sum(row["formats"].values()) == 8
     x = demo_images("test")[0][:3]
     model = hub.load(folder)
     choices = optimize(model, x, repeats=1, log=None)

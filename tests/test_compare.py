@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fips_nb import cli, commands, compare as module
-from fips_nb.compare import compare
-from fips_nb.demo import demo_text, demo_vit
-from fips_nb.folder_format import folder_bytes
-from fips_nb.hub import load
+from fips_nb.run import cli, commands, compare as module
+from fips_nb.run.compare import compare
+from fips_nb.data.demo import demo_text, demo_vit
+from fips_nb.store.codes import folder_bytes
+from fips_nb.store.hub import load
 
 PRUNED = "pruning:levels=3,distill_epochs=0"
 QUICK = dict(n_calib=40)

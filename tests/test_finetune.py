@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fips_nb import cli, commands, finetune, finetuning, training
-from fips_nb.demo import demo_images
-from fips_nb.folder_format import folder_bytes
-from fips_nb.hub import load
+from fips_nb.run import cli, commands
+from fips_nb.learn import finetuning, training
+from fips_nb import finetune
+from fips_nb.data.demo import demo_images
+from fips_nb.store.codes import folder_bytes
+from fips_nb.store.hub import load
 from fips_nb.sparse_factors import factor_layers
 from small import bits, same
 
@@ -150,7 +152,7 @@ def test_a_new_head(fips, folder):
 
 
 def test_modules_are_not_changed(made):
-    from fips_nb.demo import demo_vit
+    from fips_nb.data.demo import demo_vit
     x, y = demo_images("train")
     batches = list(zip(x[:240].split(24), y[:240].split(24)))
     model = load(made/"factors")
@@ -205,9 +207,9 @@ def test_a_loss_that_turns_nan_keeps_the_last_state(fips):
 TWO = """
 import sys, torch
 from accelerate import Accelerator
-from fips_nb.demo import demo_images, demo_vit
+from fips_nb.data.demo import demo_images, demo_vit
 from fips_nb.sparse_factors import Pruner, Schedule
-from fips_nb.training import Course, train
+from fips_nb.learn.training import Course, train
 accelerator = Accelerator(cpu=True)
 x, y = demo_images('train')
 batches = list(zip(x[:160].split(10), y[:160].split(10)))

@@ -12,16 +12,18 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from small import put_codes
+from small import first_blocks, put_codes
 from torch import nn
 
-from fips_nb import folder_format, state, timm_folders
-from fips_nb.demo import demo_images, demo_vit
-from fips_nb.folder_format import VERSION, dense_bytes, file_parts, folder_bytes, narrow
-from fips_nb.folder_format import outside, read_config, round_rest
+from fips_nb.store import codes, state, timm_folders
+from fips_nb.data.demo import demo_images, demo_vit
+from fips_nb.store.format import VERSION, read_config
+from fips_nb.store.codes import dense_bytes, file_parts, folder_bytes
+from fips_nb.store.values import narrow, outside, round_rest
 from fips_nb.grouping import find_mlps, group_modules, weights
-from fips_nb.hub import export, load, save
-from fips_nb.pipeline import compress, round_factors, size_report
+from fips_nb.store.hub import export, load, save
+from fips_nb.share.pipeline import compress, round_factors
+from fips_nb.share.report import size_report
 from fips_nb.sparse_factors import factor_layers, factorize, topk_mask
 from fips_nb.svd_init import svd_init
 
@@ -36,8 +38,12 @@ def batches(): return list(demo_images("train")[0][:200].split(50))
 def packed(batches): return compress(demo_vit(), batches, .4, levels=2, distill_epochs=0)
 
 
+@pytest.fixture(scope="module")
+def saved(packed, tmp_path_factory): return save(packed, tmp_path_factory.mktemp("saved")/"m")
+
+
 @pytest.fixture
-def folder(packed, tmp_path): return save(packed, tmp_path/"m")
+def folder(saved, tmp_path): return shutil.copytree(saved, tmp_path/"m")
 
 
 def factored(model, r=6, density=.3, size=4, quick=False, rounded=True):
@@ -79,11 +85,11 @@ def shared(model):
 # ---- round trips ----
 
 @pytest.mark.parametrize("preset,kw", [
-    ("fips-als", dict(levels=2)), ("pruning", dict(levels=2)), ("svd", {}), ("basis-sharing", {}),
-    ("aafm", {}), ("fips-als", dict(levels=2, pattern=(2, 4))),
+    ("fips-als", dict(levels=2, group_size=3)), ("pruning", dict(levels=2)), ("svd", {}),
+    ("basis-sharing", {}), ("aafm", {}), ("fips-als", dict(levels=2, pattern=(2, 4))),
     ("fips-als", dict(levels=2, scope="global"))])
 def test_presets(preset, kw, batches, tmp_path):
-    res = compress(demo_vit(), batches, .4, preset=preset, distill_epochs=0, **kw)
+    res = compress(first_blocks(8), batches, .4, preset=preset, distill_epochs=0, **kw)
     round_rest(res.model) # a preset may have added biases
     save(res, tmp_path/"m")
     back = load(tmp_path/"m")
@@ -112,7 +118,7 @@ def test_biases_that_came_and_went(tmp_path, monkeypatch):
                                   "negative zeros"])
 def test_shapes(r, kind, tmp_path):
     torch.manual_seed(r)
-    m = demo_vit()
+    m = first_blocks(9)
     for g in group_modules(find_mlps(m), 7):
         Vs = [torch.randn(r, l.h).half().float() for l in g.linears]
         for k, V in enumerate(Vs): thin_out(V, kind, k)
@@ -274,18 +280,6 @@ def test_rounding_twice_is_rounding_once(scale):
     assert ((once.float() - t).abs() <= 2**-8*t.abs() + 2**-25*(once.dtype == torch.float16)).all()
 
 
-def test_version_1_keeps_every_dtype(folder, tmp_path):
-    "What the first version of the package wrote: no word on the rest, which has its own dtype."
-    back = load(folder)
-    save(back, tmp_path/"n", rest="keep")
-    f = tmp_path/"n/config.json"
-    config = json.loads(f.read_text())
-    for k in ("rest", "own"): del config[k]
-    f.write_text(json.dumps(config | dict(version=1)))
-    same(back, load(tmp_path/"n"), demo_images("test")[0][:5])
-    assert read_config(tmp_path/"n")["rest"] == "keep"
-
-
 def test_tied_weights_are_stored_once(tmp_path):
     m = factored(demo_vit())
     m.blocks[1].attn.qkv.weight = m.blocks[0].attn.qkv.weight
@@ -325,7 +319,7 @@ def test_buffers_that_are_no_state(tmp_path):
 
 # ---- coded factors ----
 
-CODED = [("fips-als", dict(levels=2)), ("fips-als", dict(levels=2, targets="all")), ("pruning", dict(levels=2)),
+CODED = [("fips-als", dict(levels=2, group_size=3)), ("fips-als", dict(levels=2, targets="all")), ("pruning", dict(levels=2)),
          ("svd", {}), ("basis-sharing", {}), ("aafm", {})]
 
 
@@ -335,26 +329,31 @@ def coded_model(batches):
     return round_rest(put_codes(model, -28))
 
 
+@pytest.fixture(scope="module")
+def saved_codes(coded_model, tmp_path_factory): return save(coded_model, tmp_path_factory.mktemp("saved")/"m")
+
+
 @pytest.fixture
-def coded(coded_model, tmp_path): return save(coded_model, tmp_path/"m")
+def coded(saved_codes, tmp_path): return shutil.copytree(saved_codes, tmp_path/"m")
 
 
 @pytest.mark.parametrize("preset,kw", CODED, ids=lambda x: x if isinstance(x, str) else "-".join(x))
 def test_coded_factors(preset, kw, batches, tmp_path):
-    model = compress(demo_vit(), batches, .4, preset=preset, distill_epochs=0, **kw).model
+    model = compress(first_blocks(8), batches, .4, preset=preset, distill_epochs=0, **kw).model
     round_rest(put_codes(model))
     back = load(save(model, tmp_path/"m"))
     same(model, back, demo_images("test")[0][:50])
     assert all(torch.equal(data, back.fips_codes[k]) for k, data in model.fips_codes.items())
     config, parts = read_config(tmp_path/"m"), file_parts(tmp_path/"m")
-    assert config["version"] == 4 and {g["codec"] for g in config["groups"]} == {"coded"}
+    assert {g["codec"] for g in config["groups"]} == {"coded"}
     assert sum(parts.values()) == folder_bytes(tmp_path/"m")
     assert parts["codes"] > 0 and parts["U"] == parts["V"] == parts["mask"] == 0
     save(back, tmp_path/"n")
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path/"m"/name).read_bytes() == (tmp_path/"n"/name).read_bytes()
     with torch.no_grad():
-        plain = demo_vit(pretrained=False).eval()
+        plain = first_blocks(8)
+        for p in plain.parameters(): p.normal_() # nothing of them may stay
         if preset != "aafm": # which adds biases
             plain.load_state_dict(load_file(export(tmp_path/"m", tmp_path/"d")/"model.safetensors"))
             x = demo_images("test")[0][:9]
@@ -363,7 +362,7 @@ def test_coded_factors(preset, kw, batches, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_coded_factors_of_a_model_of_16_bits(dtype, batches, tmp_path):
-    model = compress(demo_vit(), batches, .4, levels=2, distill_epochs=0).model.to(dtype)
+    model = compress(first_blocks(8), batches, .4, levels=2, distill_epochs=0).model.to(dtype)
     same(put_codes(model), load(save(model, tmp_path/"m")))
     assert {g["dtype"] for g in read_config(tmp_path/"m")["groups"]} == {str(dtype)[6:]}
 
@@ -460,24 +459,23 @@ def test_coded_factors_that_do_not_fit(change, match, coded):
 
 
 def test_coded_factors_are_bounded_by_their_files(coded, monkeypatch):
-    monkeypatch.setattr(folder_format, "MOST_DECODED", .1)
-    monkeypatch.setattr(folder_format, "SPARE", 0)
+    monkeypatch.setattr(codes, "MOST_DECODED", .1)
+    monkeypatch.setattr(codes, "SPARE", 0)
     with pytest.raises(ValueError, match="would decode to"): load(coded)
 
 
 def test_codes_that_could_not_be_read_are_not_written(coded_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(folder_format, "MOST_DECODED", .1)
-    monkeypatch.setattr(folder_format, "SPARE", 0)
+    monkeypatch.setattr(codes, "MOST_DECODED", .1)
+    monkeypatch.setattr(codes, "SPARE", 0)
     with pytest.raises(ValueError, match="would decode to"): save(coded_model, tmp_path/"x")
     assert not (tmp_path/"x").exists()
 
 
-def test_versions_of_coded_folders(coded_model, packed, tmp_path):
-    "Only coded factors need the fourth version; the third opens whatever it says of factors."
-    assert read_config(save(packed, tmp_path/"a"))["version"] == 3
+def test_codes_of_dense_weights(tmp_path):
     model = round_rest(put_codes(demo_vit()))
-    assert read_config(save(model, tmp_path/"b"))["version"] == 3
-    assert torch.equal(load(tmp_path/"b").blocks[3].mlp.fc1.weight, model.blocks[3].mlp.fc1.weight)
+    back = load(save(model, tmp_path/"b"))
+    assert back.fips_codes.keys() == model.fips_codes.keys()
+    for k in model.fips_codes: assert torch.equal(back.get_parameter(k), model.get_parameter(k)), k
 
 
 # ---- what is refused when saving ----
@@ -539,7 +537,7 @@ def test_pictures(packed, tmp_path):
 
 
 def test_a_picture_needs_no_display_and_leaves_no_state(packed, tmp_path):
-    code = ("import sys; from fips_nb.hub import load, save; save(load(sys.argv[1]), sys.argv[2]); "
+    code = ("import sys; from fips_nb.store.hub import load, save; save(load(sys.argv[1]), sys.argv[2]); "
             "assert 'matplotlib.pyplot' not in sys.modules")
     m, env = save(packed, tmp_path/"m"), {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "MPLBACKEND")}
     res = subprocess.run([sys.executable, "-c", code, m, tmp_path/"n"], capture_output=True, text=True, env=env)
@@ -593,7 +591,7 @@ def test_nothing_half_written_stays(error, where, packed, folder, monkeypatch):
     if where == "config": monkeypatch.setattr(pathlib.Path, "write_text", fail)
     if where == "rename": monkeypatch.setattr(pathlib.Path, "rename", half)
     for target, kw in ((folder, dict(overwrite=True)), (folder.parent/"fresh", {})):
-        with pytest.raises(type(error)): save(packed, target, **kw)
+        with pytest.raises(type(error)): save(packed.model, target, **kw)
     monkeypatch.undo()
     assert [p.name for p in folder.parent.iterdir()] == ["m"]
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == old

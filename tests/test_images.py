@@ -7,9 +7,9 @@ import numpy as np
 import pytest, timm, torch
 from PIL import Image
 
-from fips_nb.demo import demo_images, demo_vit
-from fips_nb.images import (ImageBatches, accuracy, eight_bits, find_images, pick_items,
-                            transform_for)
+from fips_nb.data.demo import demo_images, demo_vit
+from fips_nb.data.images import ImageBatches, eight_bits, find_images, pick_items, transform_for
+from fips_nb.measure.accuracy import accuracy
 
 DATA = os.environ.get("FIPS_NB_DATA")
 

@@ -6,17 +6,19 @@ import pickle
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fips_nb import packing
+from fips_nb.speed import packing
 from fips_nb import sparse_kernels as sk
-from fips_nb.packing import (PackedLinear, bench, choice_table, optimize, pack, pack_layer,
-                             random_factors, resident_bytes, unpack)
+from fips_nb.speed.packing import (PackedLinear, bench, choice_table, optimize, pack, pack_layer,
+                                   random_factors, resident_bytes, unpack)
 from fips_nb.sparse_factors import FactorLinear, factor_layers, fan_in_mask, nm_mask, to_dense
 from fips_nb.sparse_kernels import (FORMATS, Condensed, Csr, Dense, Tiles, TwoFour, format_bytes,
                                     kernels)
@@ -25,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.filterwarnings("error")
 SHAPES = [(1, 1), (5, 7), (32, 64), (33, 65), (64, 256), (100, 257), (257, 100), (3, 700)]
 DENSITIES = [0., .02, .1, .25, .6, 1.]
+COMPILERS = sk._compilers
 FAST = [Csr, Condensed, Tiles]
 needs_kernels = pytest.mark.skipif(not kernels(), reason="no C++ compiler here, so no CPU kernels")
 
@@ -50,9 +53,9 @@ def linear(x, A, bias=None):
 def near(y, ref, tol=1e-4): torch.testing.assert_close(y, ref, rtol=tol, atol=tol)
 
 
-def run(code, **env):
+def run(code, *args, **env):
     "Run `code` in a fresh interpreter from the repository."
-    res = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+    res = subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, capture_output=True, text=True,
                          env=os.environ | {"PYTHONPATH": str(ROOT)} | env)
     assert res.returncode == 0, res.stdout + res.stderr
     return res.stdout + res.stderr
@@ -293,93 +296,129 @@ def test_lengths_that_do_not_fit_are_refused():
 
 # ---- fallbacks ----
 
-PROBE = """
-import warnings, torch, torch.nn.functional as F
-from fips_nb.sparse_kernels import Csr, Condensed, Tiles, kernels
-A = torch.randn(40, 70)*(torch.rand(40, 70) < .3)
-x = torch.randn(5, 70)
-with warnings.catch_warnings(record=True) as said:
-    warnings.simplefilter('always')
-    for Format in (Csr, Condensed, Tiles):
-        for _ in range(2):
-            torch.testing.assert_close(Format(A)(x), F.linear(x, A), rtol=1e-4, atol=1e-4)
-print(kernels(), [str(w.message) for w in said])
-"""
-COMPILERS = "import fips_nb.sparse_kernels as k, os\nk._compilers = lambda: {}\n"
-FILES = """
-import os, pathlib
-import fips_nb.sparse_kernels as k
-assert k.kernels()
-(f,) = pathlib.Path(os.environ['XDG_CACHE_HOME'], 'fips_nb').glob('*.so')
-print(f.stat().st_mtime_ns)
-"""
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """Kernels that are looked for anew, in a cache folder of the test, by a compiler that takes no time.
+
+    `fresh.built()` counts its calls; what it gives is the library of this session.
+    """
+    lib, log = sk._load(), tmp_path/"log"
+    clear = lambda: (sk._load.cache_clear(), sk._say.cache_clear())
+    def compiler(code, name="c++"):
+        cxx = tmp_path/name
+        cxx.write_text(f"#!/bin/sh\necho called >> {log}\n{code}\n")
+        cxx.chmod(0o755)
+        monkeypatch.setattr(sk, "_compilers", lambda: [[str(cxx)]])
+    for k in ("HOME", "XDG_CACHE_HOME"): monkeypatch.setenv(k, str(tmp_path/k.lower()))
+    compiler(f"for last; do :; done\ncp {lib and lib._name} $last")
+    clear()
+    yield SimpleNamespace(compiler=compiler, clear=clear, built=lambda: log.exists() and len(log.read_text().split()),
+                          folder=tmp_path/"xdg_cache_home"/"fips_nb")
+    clear()
 
 
-def test_off_switch():
-    assert run(PROBE, FIPS_NB_KERNELS="off").strip() == "False []"
+def probe():
+    "Whether there are kernels, and what was said, when each format multiplied twice."
+    A, x = sparse(40, 70, .3), torch.randn(5, 70)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for Format in FAST:
+            for _ in range(2): near(Format(A)(x), F.linear(x, A))
+    return kernels(), [str(w.message) for w in said]
 
 
-def test_no_compiler_runs_dense_and_says_so_once(tmp_path):
-    out = run(COMPILERS.format("[]") + PROBE, XDG_CACHE_HOME=str(tmp_path))
-    assert out.startswith("False") and out.count("no C++ compiler") == 1 and "pip install" in out
+def test_off_switch(fresh, monkeypatch):
+    monkeypatch.setenv("FIPS_NB_KERNELS", "off")
+    assert probe() == (False, []) and not fresh.built()
 
 
-def test_broken_compiler_runs_dense_and_says_why(tmp_path):
-    cxx = tmp_path/"c++"
-    cxx.write_text("#!/bin/sh\necho it is broken >&2\nexit 1\n")
-    cxx.chmod(0o755)
-    code = COMPILERS.format("[[os.environ['CXX']]]") + PROBE
-    out = run(code, XDG_CACHE_HOME=str(tmp_path), CXX=str(cxx))
-    assert out.startswith("False") and out.count("it is broken") == 1
+def test_no_compiler_runs_dense_and_says_so_once(fresh, monkeypatch):
+    monkeypatch.setattr(sk, "_compilers", lambda: [])
+    there, (said,) = probe()
+    assert not there and "no C++ compiler" in said and "pip install" in said
+
+
+def test_broken_compiler_runs_dense_and_says_why(fresh):
+    fresh.compiler("echo it is broken >&2\nexit 1")
+    there, (said,) = probe()
+    assert not there and "it is broken" in said and fresh.built() == 1
 
 
 @needs_kernels
-def test_unwritable_cache_folder(tmp_path):
+def test_unwritable_cache_folder(fresh, monkeypatch, tmp_path):
     (tmp_path/"file").write_text("")
-    assert run(PROBE, XDG_CACHE_HOME=str(tmp_path/"file")).startswith("True []")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path/"file"))
+    assert probe() == (True, []) and fresh.built() == 1
+
+
+ONCE = """
+import fips_nb.sparse_kernels as k
+k._compilers = lambda: []
+print(k.kernels() and k.library()._name)
+"""
 
 
 @needs_kernels
-def test_compiled_once_and_shared(tmp_path):
-    out = run(FILES, XDG_CACHE_HOME=str(tmp_path))
-    again = run(COMPILERS.format("[]") + FILES, XDG_CACHE_HOME=str(tmp_path))
-    assert out == again
+def test_compiled_once_and_shared_by_processes(fresh, monkeypatch):
+    "The one test that compiles, by whatever compiler is here."
+    monkeypatch.setattr(sk, "_compilers", COMPILERS)
+    assert probe() == (True, []) and not fresh.built()
+    (lib,) = fresh.folder.glob("*.so")
+    assert run(ONCE).strip() == sk.library()._name == str(lib)
 
 
 @needs_kernels
-@pytest.mark.parametrize("damage", ["cut", "altered", "digest", "writable"])
-def test_a_broken_library_is_compiled_again_and_never_opened(damage, tmp_path):
-    old = run(FILES, XDG_CACHE_HOME=str(tmp_path))
-    (lib,) = (tmp_path/"fips_nb").glob("*.so")
+@pytest.mark.parametrize("damage", ["none", "cut", "altered", "digest", "writable"])
+def test_a_broken_library_is_compiled_again_and_never_opened(damage, fresh):
+    assert probe() == (True, []) and fresh.built() == 1
+    (lib,) = fresh.folder.glob("*.so")
     good = lib.read_bytes()
-    if damage == "cut": lib.write_bytes(good[:5000])
-    if damage == "altered": lib.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    lib.unlink() # it is open in this process
+    lib.write_bytes(dict(cut=good[:5000], altered=good[:-1] + bytes([good[-1] ^ 1])).get(damage, good))
+    lib.chmod(0o777 if damage == "writable" else 0o700)
     if damage == "digest": lib.with_suffix(".sha256").unlink()
-    if damage == "writable": lib.chmod(0o777)
-    assert run(FILES, XDG_CACHE_HOME=str(tmp_path)) != old
+    fresh.clear()
+    assert probe() == (True, []) and fresh.built() == (1 if damage == "none" else 2)
     assert lib.read_bytes() == good and lib.stat().st_mode & 0o777 == 0o700
 
 
+FOREIGN = """
+import os, sys, torch, torch.nn.functional as F
+import fips_nb.sparse_kernels as k
+cxx, planted, *homes = sys.argv[1:]
+k._compilers = lambda: [[cxx]]
+A, x = torch.randn(40, 70)*(torch.rand(40, 70) < .3), torch.randn(5, 70)
+for home in [*homes, homes[0]]:
+    os.environ['XDG_CACHE_HOME'] = home
+    k._load.cache_clear()
+    assert k.kernels()
+    torch.testing.assert_close(k.Csr(A)(x), F.linear(x, A), rtol=1e-4, atol=1e-4)
+    print('mine', flush=True)
+    if home == homes[-1]: os.chmod(planted, 0o700)
+"""
+
+
 @needs_kernels
-@pytest.mark.parametrize("how", ["shared folder", "link", "relative"])
-def test_foreign_cache_folders_are_not_used(how, tmp_path):
-    "A planted library of the right name is not opened: it would end the process with status 7."
-    run(FILES, XDG_CACHE_HOME=str(tmp_path/"mine"))
-    (name,) = (p.name for p in (tmp_path/"mine/fips_nb").glob("*.so"))
-    planted = tmp_path/"there"/"fips_nb"
-    planted.mkdir(parents=True)
-    evil = tmp_path/"evil.cpp"
+def test_foreign_cache_folders_are_not_used(fresh, tmp_path):
+    """A planted library of the right name is not opened: it ends the process with status 7.
+
+    The folder is one that others can write to, a link to it, or a relative path to it; once it is
+    private, the library is taken, which shows that it was refused for that alone."""
+    assert probe()[0]
+    (name,) = (p.name for p in fresh.folder.glob("*.so"))
+    planted, link, evil = tmp_path/"there"/"fips_nb", tmp_path/"link", tmp_path/"evil.cpp"
+    for d in (planted, link): d.mkdir(parents=True)
     evil.write_text("#include <cstdlib>\n__attribute__((constructor)) void f() { _Exit(7); }\n")
-    assert sk._compile(sk._compilers()[0], evil, planted/name) is None
+    assert sk._compile(COMPILERS()[0], evil, planted/name) is None
+    (planted/name).chmod(0o700)
     (planted/name).with_suffix(".sha256").write_text(sk._digest(planted/name))
     planted.chmod(0o777)
-    home = dict(HOME=str(tmp_path/"home"), XDG_CACHE_HOME=str(tmp_path/"there"))
-    if how == "link": # to a folder that is somebody else's
-        (tmp_path/"link").mkdir()
-        (tmp_path/"link/fips_nb").symlink_to(planted)
-        home |= dict(XDG_CACHE_HOME=str(tmp_path/"link"))
-    if how == "relative": home |= dict(XDG_CACHE_HOME=os.path.relpath(tmp_path/"there", ROOT))
-    assert run(PROBE, **home).startswith("True")
+    (link/"fips_nb").symlink_to(planted)
+    homes = [planted.parent, link, os.path.relpath(planted.parent, ROOT)]
+    words = [str(w) for w in (tmp_path/"c++", planted, *homes)]
+    res = subprocess.run([sys.executable, "-c", FOREIGN, *words], cwd=ROOT, capture_output=True, text=True,
+                         env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert (res.returncode, res.stdout.split()) == (7, ["mine"]*3), res.stderr
 
 
 @needs_kernels
@@ -660,18 +699,18 @@ def test_bench_script(tmp_path):
 # ---- fips bench ----
 
 def fips(capsys, *words):
-    from fips_nb import cli
+    from fips_nb.run import cli
     return (cli.main([str(w) for w in words]), *capsys.readouterr())
 
 
 @pytest.mark.filterwarnings("default")
 def test_bench_command(capsys, tmp_path):
-    from fips_nb import hub
-    from fips_nb.demo import demo_vit
-    words = ("bench", "demo-vit", "--batch", "1,3", "--budget", ".25", "--json")
+    from fips_nb.store import hub
+    from fips_nb.data.demo import demo_vit
+    words = ("bench", "demo-vit", "--batch", "1,3", "--params", ".5", "--json")
     status, out, _ = fips(capsys, *words)
     res = json.loads(out)
-    assert status == 0 and res["budget"] == .25 and [r["batch"] for r in res["rows"]] == [1, 3]
+    assert status == 0 and abs(res["budget"] - .227) < 1e-3 and [r["batch"] for r in res["rows"]] == [1, 3]
     assert res["threads"] == torch.get_num_threads() and res["device"]
     wanted = {"dense_ms", "packed_ms", "ratio", "resident_bytes"}
     assert all(wanted <= r.keys() for r in res["rows"])
@@ -683,11 +722,11 @@ def test_bench_command(capsys, tmp_path):
 @pytest.mark.parametrize("words, said", [
     (("demo-vti",), "nearest"), (("no/such",), "no folder"),
     (("demo-vit", "--batch", "0"), "less than 1"), (("demo-vit", "--batch", "a"), "batch"),
-    (("demo-vit", "--budget", "2"), "outside"),
-    (("{folder}", "--budget", ".5"), "already")], ids=str)
+    (("demo-vit", "--params", "2"), "--params 2 is outside"),
+    (("{folder}", "--params", ".5"), "already")], ids=str)
 def test_wrong_arguments_of_the_bench_command(capsys, tmp_path, words, said):
-    from fips_nb import hub
-    from fips_nb.demo import demo_vit
+    from fips_nb.store import hub
+    from fips_nb.data.demo import demo_vit
     if "{folder}" in words:
         hub.save(random_factors(demo_vit(), .5, group_size=4), tmp_path/"m", arch="demo-vit")
     words = [w.format(folder=tmp_path/"m") for w in words]
@@ -697,7 +736,7 @@ def test_wrong_arguments_of_the_bench_command(capsys, tmp_path, words, said):
 
 
 def test_random_factors_meet_the_budget():
-    from fips_nb.demo import demo_vit
+    from fips_nb.data.demo import demo_vit
     model = random_factors(demo_vit(), .3, group_size=4, sparsity=.8)
     fs = factor_layers(model).values()
     bases = {id(f.U): f.U.numel() for f in fs}

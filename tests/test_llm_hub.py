@@ -22,14 +22,17 @@ from transformers import MistralConfig, MistralForCausalLM, OPTConfig, OPTForCau
 from transformers import Phi3Config, Phi3ForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from fips_nb import folder_format, hub, transformers_folders
-from fips_nb.folder_format import dense_bytes, file_parts, folder_bytes, layer_groups, outside
-from fips_nb.folder_format import read_config, round_rest, shard_files
+from fips_nb.store import hub, transformers_folders
+from fips_nb.store import codes
+from fips_nb.store.codes import dense_bytes, file_parts, folder_bytes, shard_files
+from fips_nb.store.values import layer_groups, narrow, outside, round_rest
+from fips_nb.store.format import read_config
 from fips_nb.grouping import Group, LinearSpec, stored_weight
-from fips_nb.pipeline import Compressed, compress, size_report
+from fips_nb.share.report import Compressed, size_report
+from fips_nb.share.pipeline import compress
 from fips_nb.sparse_factors import factor_layers, factorize, to_dense, topk_mask
 from fips_nb.svd_init import orient
-from fips_nb.transformers_folders import attach, checksum, lora_config, save_dense
+from fips_nb.store.transformers_folders import attach, checksum, lora_config, save_dense
 
 ROOT = Path(__file__).resolve().parents[1]
 transformers.utils.logging.disable_progress_bar()
@@ -295,7 +298,7 @@ def test_the_rest_is_rounded_to_16_bits_once(name, tmp_path):
     stored = load_file(tmp_path/"a/model.safetensors")
     rest = outside(m.state_dict(), factor_layers(m))
     for k, t in rest.items():
-        assert torch.equal(back.state_dict()[k], folder_format.narrow(t).to(t.dtype)), k
+        assert torch.equal(back.state_dict()[k], narrow(t).to(t.dtype)), k
         assert k not in stored or stored[k].dtype.itemsize == 2 or not t.is_floating_point(), k
     config = read_config(tmp_path/"a")
     assert config["rest"] == "16bit" and 0 < config["report"]["rest_error"] < 2**-11
@@ -320,16 +323,6 @@ def test_the_rest_is_kept_on_request(tmp_path):
     assert file_parts(tmp_path/"a")["rest"] == 2*file_parts(tmp_path/"c")["rest"]
     with pytest.raises(ValueError, match="rest '8bit' is not one of"):
         hub.save(m, tmp_path/"d", rest="8bit")
-
-
-def test_version_1_keeps_every_dtype(tmp_path):
-    m = made("llama", rounded=False)
-    hub.save(m, tmp_path/"m", rest="keep")
-    edit(tmp_path/"m", lambda c, q: (q.pop("rest"), q.update(version=1)))
-    same(m, hub.load(tmp_path/"m"))
-    back = AutoModelForCausalLM.from_pretrained(tmp_path/"m")
-    back.save_pretrained(tmp_path/"n")
-    same(m, hub.load(tmp_path/"n"))
 
 
 # ---- coded factors ----
@@ -358,7 +351,7 @@ def test_coded_factors(name, kw, tmp_path):
     assert back.fips_codes.keys() == m.fips_codes.keys()
     assert all(torch.equal(data, back.fips_codes[k]) for k, data in m.fips_codes.items())
     config, parts = read_config(tmp_path/"m"), file_parts(tmp_path/"m")
-    assert config["version"] == 4 and {l["codec"] for g in config["groups"] for l in g["linears"]} == {"coded"}
+    assert {l["codec"] for g in config["groups"] for l in g["linears"]} == {"coded"}
     assert sum(parts.values()) == folder_bytes(tmp_path/"m") and parts["U"] == parts["V"] == parts["mask"] == 0
     back.save_pretrained(tmp_path/"again")
     assert (tmp_path/"m/config.json").read_text() == (tmp_path/"again/config.json").read_text()
@@ -584,45 +577,43 @@ def test_push_to_hub(model, monkeypatch):
     same(model, sent["me/small"])
 
 
-BEFORE = """
-import fips_nb.hub
+BY_LOADING = """
+import fips_nb.store.hub
 assert 'transformers' not in sys.modules
-import fips_nb.transformers_folders
+fips_nb.store.hub.load(folder + '/m')
 from transformers import AutoModelForCausalLM
-import torch
 """
 AFTER = """
 from transformers import AutoModelForCausalLM
-import torch
-torch.set_num_threads(1)
-dense = outputs('d')
+torch.testing.assert_close(outputs('d'), want, rtol=1e-5, atol=1e-6)
+try: outputs('m')
+except RuntimeError as e: assert 'ignore_mismatched_sizes' in str(e), e
+else: raise AssertionError('random MLPs')
 assert 'fips_nb' not in sys.modules
-import fips_nb.transformers_folders
-"""
-BY_LOADING = """
-import fips_nb.hub, torch
-fips_nb.hub.load(folder + '/m')
-from transformers import AutoModelForCausalLM
+import fips_nb.store.transformers_folders
 """
 
 
-@pytest.mark.parametrize("first", [BEFORE, AFTER, BY_LOADING])
+@pytest.mark.parametrize("first", [BY_LOADING, AFTER], ids=["by loading", "after transformers"])
 def test_order_of_imports(first, folder, model, tmp_path):
-    "One import registers the format, before transformers or after; the dense folder needs none."
+    """One import registers the format, before transformers or after; the dense folder needs none.
+
+    Transformers alone makes up no model, and the configuration says what is missing."""
     save_dense(folder, tmp_path/"d")
     torch.save(logits(model), tmp_path/"want.pt")
     python(f"""
-import sys
+import sys, torch
+torch.set_num_threads(1)
 folder = {str(tmp_path)!r}
+want = torch.load(folder + '/want.pt')
 def outputs(k):
     tokens = torch.arange(24).view(2, 12)*7 % 96
     return AutoModelForCausalLM.from_pretrained(folder + '/' + k)(tokens).logits
 {first}
-want = torch.load(folder + '/want.pt')
-torch.set_num_threads(1)
 assert torch.equal(outputs('m'), want)
-assert not any('fips' in type(f).__module__ for f in sys.meta_path)
-if 'dense' in globals(): torch.testing.assert_close(dense, want, rtol=1e-5, atol=1e-6)""")
+assert not any('fips' in type(f).__module__ for f in sys.meta_path)""")
+    q = json.loads((folder/"config.json").read_text())["quantization_config"]
+    assert "pip install fips_nb" in q["note"]
 
 
 @pytest.mark.skipif("FIPS_NB_DATA" not in os.environ, reason="FIPS_NB_DATA names no folder of data")
@@ -799,17 +790,6 @@ def test_a_linear_that_the_records_leave_out(folder):
     refused(folder, "weight is missing|incomplete")
 
 
-def test_transformers_alone_does_not_make_up_a_model(folder):
-    python(f"""
-import transformers
-try: transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})
-except RuntimeError as e: assert 'ignore_mismatched_sizes' in str(e), e
-else: raise AssertionError('random MLPs')
-""")
-    q = json.loads((folder/"config.json").read_text())["quantization_config"]
-    assert "pip install fips_nb" in q["note"]
-
-
 def test_a_missing_tensor_is_noticed_by_from_pretrained_too(folder):
     ts = load_file(folder/"model.safetensors")
     with safe_open(folder/"model.safetensors", "pt") as f: meta = f.metadata()
@@ -881,7 +861,7 @@ def test_other_codes_of_factors(change, match, coded_folder):
 
 
 def test_coded_factors_are_bounded_by_their_files(coded_folder, monkeypatch):
-    for k, v in dict(MOST_DECODED=.1, SPARE=0).items(): monkeypatch.setattr(folder_format, k, v)
+    for k, v in dict(MOST_DECODED=.1, SPARE=0).items(): monkeypatch.setattr(codes, k, v)
     refused(coded_folder, "would decode to")
     with pytest.raises(ValueError, match="would decode to"): hub.save(coded("llama"), coded_folder.parent/"x")
     assert not (coded_folder.parent/"x").exists()
@@ -917,10 +897,10 @@ def test_without_transformers(folder):
     python(f"""
 import sys
 sys.modules['transformers'] = None
-from fips_nb import hub, folder_format
+from fips_nb.store import codes, format, hub
 folder = {str(folder)!r}
-assert folder_format.read_config(folder)['arch'] == 'LlamaForCausalLM'
-assert folder_format.folder_bytes(folder)
+assert format.read_config(folder)['arch'] == 'LlamaForCausalLM'
+assert codes.folder_bytes(folder)
 try: hub.load(folder)
 except ImportError as e: assert "pip install 'transformers>=5'" in str(e), e
 else: assert False""")

@@ -1,6 +1,7 @@
 """Saved modules of the user's own: round trips over presets, codes, kinds of layers; what is refused."""
 import copy
 import json
+import shutil
 import subprocess
 import sys
 
@@ -11,13 +12,16 @@ from test_hub import rewrite, same
 from torch import nn
 from trial import Net
 
-from fips_nb import commands
-from fips_nb.coded_models import bits_to_bytes, code_model
-from fips_nb.demo import demo_vit
-from fips_nb.folder_format import read_config, round_rest
+from fips_nb.run import folders
+from fips_nb.run.evaluate import evaluate
+from fips_nb.round.sizes import bits_to_bytes
+from fips_nb.round.code import code_model
+from fips_nb.data.demo import demo_vit
+from fips_nb.store.format import VERSION, read_config
+from fips_nb.store.values import round_rest
 from fips_nb.grouping import Group, LinearSpec, weights
-from fips_nb.hub import export, load, save
-from fips_nb.pipeline import compress
+from fips_nb.store.hub import export, load, save
+from fips_nb.share.pipeline import compress
 from fips_nb.sparse_factors import factor_layers, factorize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -35,8 +39,12 @@ def made():
     return res
 
 
+@pytest.fixture(scope="module")
+def saved(made, tmp_path_factory): return save(made, tmp_path_factory.mktemp("saved")/"m")
+
+
 @pytest.fixture
-def folder(made, tmp_path): return save(made, tmp_path/"m")
+def folder(saved, tmp_path): return shutil.copytree(saved, tmp_path/"m")
 
 
 @pytest.mark.parametrize("preset", ["fips-als", "pruning", "svd", "basis-sharing", "aafm"])
@@ -47,7 +55,7 @@ def test_presets_and_dtypes(preset, dtype, tmp_path):
     more = dict(levels=2, distill_epochs=0) if preset in ("fips-als", "pruning") else {}
     res = compress(net, batches(), .6, preset, **more)
     round_rest(res.model)
-    back = load(save(res, tmp_path/"m"), model=Net().to(dtype))
+    back = load(save(res.model, tmp_path/"m"), model=Net().to(dtype))
     same(res.model, back, WORDS)
     assert back.blocks[0] is back.blocks[2] and back.head.weight is back.embed.weight
     again = save(back, tmp_path/"n")
@@ -67,7 +75,7 @@ def test_codes(factors, made, tmp_path):
     size = bits_to_bytes(net, 7)
     res = code_model(made.model if factors else net, batches(), size, 0, teacher=net)
     round_rest(res.model)
-    back = load(save(res, tmp_path/"m"), model=Net())
+    back = load(save(res.model, tmp_path/"m"), model=Net())
     same(res.model, back, WORDS)
     assert (tmp_path/"m/model.safetensors").stat().st_size <= size
     assert back.fips_codes.keys() == res.model.fips_codes.keys()
@@ -202,18 +210,18 @@ def test_how_to_load(made, folder, packed_vit, tmp_path):
 
 @pytest.fixture
 def packed_vit(tmp_path):
-    from fips_nb.demo import demo_images
+    from fips_nb.data.demo import demo_images
     images = list(demo_images("train")[0][:100].split(50))
     return save(compress(demo_vit(), images, .4, "svd"), tmp_path/"vit")
 
 
 def test_commands(folder, tmp_path):
-    said = commands.info(folder)
+    said = folders.info(folder)
     assert said["arch"] == "Net" and len(said["layers"]) == 4
-    for run in (commands.evaluate, commands.bench):
-        with pytest.raises(ValueError, match=r"class 'Net', which no command can make.*model=Net\(\)"):
+    for run in (evaluate, folders.bench):
+        with pytest.raises(ValueError, match=r"class 'Net', which nothing can make but its class; open it by load\(folder, Net\(\)\)"):
             run(str(folder))
-    out = commands.export(folder, tmp_path/"d")
+    out = folders.export(folder, tmp_path/"d")
     assert out["arch"] == "Net"
     assert load_file(tmp_path/"d/model.safetensors").keys() == Net().state_dict().keys()
 
@@ -230,7 +238,7 @@ def nan(t, c): t["blocks.0.norm.bias"][0] = torch.nan
     (table("scale", shape=[2**31 - 1]*64), "instead of"), (lambda t, c: c["tensors"].pop("scale"), "no place"),
     (entry(arch="demo-vit"), "arch"), (entry(module=""), "module"), (entry(tied={"x": "y"}), "cannot be tied"),
     (entry(shared={"blocks.2.mlp.0": "blocks.1.norm"}), "cannot be shared"), (entry(transposed=["x"]), "there is no x"),
-    (entry(coded=["embed.weight"]), "missing"), (entry(version=6), "upgrade"), (nan, "NaN"),
+    (entry(coded=["embed.weight"]), "missing"), (entry(version=VERSION + 1), "upgrade"), (nan, "NaN"),
     (linear(role="down"), "is a linear"), (linear(name="blocks.9.mlp.0"), "no linear layer|cannot be shared"),
     (lambda t, c: c.pop("module"), "arch"), (lambda t, c: t.pop("fips.0.V"), "missing")])
 def test_hostile_folders(change, match, folder):

@@ -8,12 +8,13 @@ import torch
 from small import ARCHS, bits, images, make, quick, same, vit
 from torch import nn
 
-from fips_nb.budgets import PRESETS, Config, configure, plan_groups
-from fips_nb.distillation import Distillation, distill_blocks, distill_outputs
+from fips_nb.share.budgets import PRESETS, Config, configure, plan_groups
+from fips_nb.learn.distillation import Distillation, distill_blocks, distill_outputs
 from fips_nb.grouping import find_mlps
-from fips_nb.pipeline import compress, expected_operations, expected_seconds
+from fips_nb.share.pipeline import compress
+from fips_nb.share.forecast import expected_operations, expected_seconds
 from fips_nb.sparse_factors import Schedule, factor_layers, to_dense
-from fips_nb.statistics import collect_moments
+from fips_nb.share.statistics import collect_moments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -66,15 +67,10 @@ def test_half_the_parameters(name):
     assert len(set.union(*groups.values())) == len(groups)
     zeros = sum(f.V.numel() - int((f.V != 0).sum()) for f in fs.values())
     assert sum(p.numel() for p in res.model.parameters()) - zeros == res.report["model_params"]
-
-
-@pytest.mark.parametrize("name", ARCHS)
-def test_multiplied_out_it_computes_the_same(name):
-    model, bs = make(name), images(name)
-    run = lambda: compress(model, bs, .5, levels=2, distill_epochs=1, **EXACT).model
-    out, dense = run(), to_dense(run())
     x = images(name, 1, 3, seed=5)[0]
-    with torch.no_grad(): torch.testing.assert_close(dense(x), out(x), rtol=1e-4, atol=1e-5)
+    with torch.no_grad(): out = res.model(x)
+    dense = to_dense(res.model) # multiplied out it computes the same
+    with torch.no_grad(): torch.testing.assert_close(dense(x), out, rtol=1e-4, atol=1e-5)
     assert not factor_layers(dense)
     shapes = lambda m: {k: v.shape for k, v in m.state_dict().items()}
     assert shapes(dense) == shapes(model)
@@ -502,7 +498,7 @@ def test_expected_time_is_positive_and_grows_with_the_work():
 
 
 def test_distillation_that_takes_too_long_is_left_out_and_said(monkeypatch):
-    monkeypatch.setattr("fips_nb.budgets.operations_limit", lambda device=None: 1e3)
+    monkeypatch.setattr("fips_nb.share.budgets.operations_limit", lambda device=None: 1e3)
     model, bs = make(), images()
     with pytest.warns(UserWarning, match="distillation is left out"):
         res = compress(model, bs, levels=1, **EXACT)
@@ -599,9 +595,11 @@ def test_models_of_another_dtype(dtype, preset, tmp_path):
     assert {p.dtype for p in res.model.parameters()} == {dtype}
     ref = compress(make(), images(), preset=preset, **quick(preset))
     assert res.report["mlp_params"] == pytest.approx(ref.report["mlp_params"], rel=.05)
-    atol = .6 if dtype == torch.bfloat16 else .1
+    small = dtype == torch.bfloat16
+    errors = [torch.tensor([l["error"] for l in r.report["layers"]]) for r in (res, ref)]
+    torch.testing.assert_close(*errors, rtol=.1 if small else 1e-3, atol=1e-4)
     with torch.no_grad(): a, b = res.model(bs[0]).float(), ref.model(images()[0])
-    torch.testing.assert_close(a, b, rtol=.3, atol=atol)
+    assert (a - b).norm() < (.01 if small else 2e-4)*b.norm()
 
 
 def test_distillation_improves_what_it_matches():

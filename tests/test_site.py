@@ -1,5 +1,5 @@
 """The pages, without Quarto: nbdev's processing is enough to check headings, anchors, links and signatures."""
-import json, os, re, shutil, subprocess, sys
+import json, os, posixpath, re, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest, yaml
@@ -9,8 +9,8 @@ RUN = "from nbdev.serve import proc_nbs; proc_nbs(n_workers=0, force=True)"
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory):
-    "Processed notebooks by the name of their page: a list of (kind, text) for each."
+def site(tmp_path_factory):
+    "The folder of the processed notebooks, and what nbdev said."
     root = tmp_path_factory.mktemp("site")
     for name in ("settings.ini", "pyproject.toml", "_quarto.yml"): shutil.copy2(ROOT/name, root)
     shutil.copytree(ROOT/"nbs", root/"nbs", symlinks=True, ignore=shutil.ignore_patterns(".*"))
@@ -19,12 +19,20 @@ def pages(tmp_path_factory):
     env = {k: v for k, v in os.environ.items() if k != "IN_TEST"}
     res = subprocess.run([sys.executable, "-c", RUN], cwd=root, env=env, capture_output=True, text=True)
     assert res.returncode == 0, res.stdout + res.stderr
-    said = [o for o in res.stderr.splitlines() if "arning" in o]
-    assert not said, f"processing the pages warns: {said[:3]}"
-    return {page(o.name): list(texts(o)) for o in sorted((root/"_proc").glob("*.ipynb"))}
+    return root/"_proc", res.stderr
 
 
-def page(name): return re.sub(r"^\d+[a-zA-Z0-9]*_", "", name).rpartition(".")[0]
+@pytest.fixture(scope="module")
+def pages(site):
+    "Processed notebooks by the name of their page: a list of (kind, text) for each."
+    out = site[0]
+    return {page(o.relative_to(out).as_posix()): list(texts(o)) for o in sorted(out.rglob("*.ipynb"))}
+
+
+def page(path):
+    "The name of a page, with its folder: 'svd_init' for 00_svd_init.ipynb, 'share/budgets' for share/budgets.html."
+    folder, name = posixpath.split(path)
+    return posixpath.join(folder, re.sub(r"^\d+[a-zA-Z0-9]*_", "", name).rpartition(".")[0])
 
 
 def texts(path):
@@ -59,6 +67,10 @@ def anchors(cells):
         if kind != "code": yield from re.findall(r"<h\d[^>]*\bid=\"([^\"]+)\"", text)
 
 
+def test_nothing_warns(site):
+    assert "arning" not in site[1], f"processing the pages warns: {site[1]}"
+
+
 def test_no_heading_twice(pages):
     doubled = set()
     for name, cells in pages.items():
@@ -68,40 +80,72 @@ def test_no_heading_twice(pages):
     assert not doubled, f"these headings are there twice: {sorted(doubled)}"
 
 
+def links(cells):
+    "All links of a page."
+    for kind, text in cells:
+        if kind == "code": continue
+        for a, b in re.findall(r"\]\(([^)\s]+)\)|href=\"([^\"]+)\"", without_code(text)): yield a or b
+
+
+def broken(name, link, known, host):
+    "Why a link of the page `name` leads nowhere; None for one that leads somewhere, or out of the site."
+    own = link.startswith(host)
+    if re.match(r"[a-z]+:", link) and not own: return None
+    path, _, anchor = link.removeprefix(host).partition("#")
+    if path: path = path.lstrip("/") if own or path.startswith("/") else posixpath.normpath(posixpath.join(posixpath.dirname(name), path))
+    if path and not re.search(r"\.(ipynb|html)$", path):
+        return None if (ROOT/"nbs"/path).exists() else "there is no such file"
+    target = page(path) if path else name
+    if target not in known: return "there is no such page"
+    return None if not anchor or anchor.lower() in known[target] else f"{target} has no such heading"
+
+
 def test_links_lead_somewhere(pages):
     host = yaml.safe_load((ROOT/"nbs/nbdev.yml").read_text())["website"]["site-url"].rstrip("/")
-    known = {name: set(anchors(cells)) for name, cells in pages.items()}
-    for name, cells in pages.items():
-        for kind, text in cells:
-            if kind == "code": continue
-            links = re.findall(r"\]\(([^)\s]+)\)|href=\"([^\"]+)\"", without_code(text))
-            for link in (a or b for a, b in links):
-                ours = link.removeprefix(host).lstrip("/")
-                if re.match(r"[a-z]+:", ours): continue
-                path, _, anchor = ours.partition("#")
-                if path and not re.search(r"\.(ipynb|html)$", path):
-                    assert (ROOT/"nbs"/path).exists(), f"{name}: the link {link} leads nowhere"
-                    continue
-                target = page(path) if path else name
-                assert target in known, f"{name}: the link {link} leads to no page"
-                assert not anchor or anchor.lower() in {a.lower() for a in known[target]}, \
-                    f"{name}: the link {link} leads to no heading of {target}"
+    known = {name: {a.lower() for a in anchors(cells)} for name, cells in pages.items()}
+    found = {(name, link): broken(name, link, known, host) for name, cells in pages.items() for link in links(cells)}
+    wrong = [f"{name}: {link}: {why}" for (name, link), why in found.items() if why]
+    assert len(found) > 500, f"only {len(found)} links were found" # the test sees the site
+    assert not wrong, "links that lead nowhere:\n" + "\n".join(wrong)
+
+
+def written(pages):
+    "Everything that cells write, with the name of its page."
+    return [(name, text) for name, cells in pages.items() for kind, text in cells if kind.startswith("text/")]
 
 
 def test_signatures_show_no_markdown(pages):
-    for name, cells in pages.items():
-        for kind, text in cells:
-            if kind not in ("text/markdown", "text/html", "text/plain"): continue
-            blocks = re.findall(r"^(?:```|>\s+\w+ ?\().*?(?:^```|\)\s*$)", text, re.M | re.S)
-            raw = [b for b in blocks if re.search(r"\[`[^`]+`\]\(http", b)]
-            assert not raw, f"{name}: raw Markdown in {raw[0][:200]}"
+    blocks = [(name, b) for name, text in written(pages)
+              for b in re.findall(r"^(?:```|>\s+\w+ ?\().*?(?:^```|\)\s*$)", text, re.M | re.S)]
+    raw = [f"{name}: {b[:200]}" for name, b in blocks if re.search(r"\[`[^`]+`\]\(http", b)]
+    assert not raw, "raw Markdown in signatures:\n" + "\n".join(raw)
 
 
 def test_every_class_is_shown_as_a_class(pages):
-    for name, cells in pages.items():
-        for kind, text in cells:
-            m = re.search(r"def ([A-Z]\w+)\s*\([^)]*\)\s*->\s*None", text) if kind.startswith("text/") else None
-            assert not m, f"{name}: the class {m[1]} shows as a function"
+    shown = [(name, m) for name, text in written(pages) for m in re.findall(r"^```python\n(def|class) ([\w.]+)", text, re.M)]
+    assert sum(kind == "class" for _, (kind, _) in shown) > 20
+    wrong = [f"{name}: {full}" for name, (kind, full) in shown if kind == "def" and full.split(".")[-1].lstrip("_")[:1].isupper()]
+    assert not wrong, f"classes that show as functions: {wrong}"
+
+
+def test_parameters_of_classes_are_explained(pages):
+    "Comments of fields reach the page: nbdev drops those of a dataclass."
+    fences = [(name, b) for name, text in written(pages) for b in re.findall(r"^```python\n(class \w+\(\n.*?)^```", text, re.M | re.S)]
+    bare = [f"{name}: {b.split('(')[0]}: {line.strip()}" for name, b in fences for line in b.splitlines()[1:-1]
+            if " # " not in line and not line.strip().startswith("*")]
+    assert fences and not bare, "without a word:\n" + "\n".join(bare)
+
+
+def test_exported_code_is_shown_once(pages):
+    wrong = [name for name, cells in pages.items() for kind, text in cells if "Exported source" in text]
+    assert not wrong, f"source that tools/pages.py neither folds nor shows as it is: {sorted(set(wrong))}"
+
+
+def test_no_dashes_out_of_options(pages):
+    prose = [(name, re.sub(r"(`+).*?\1|<[^>]*>|^ {4}.*$", "", without_code(text), flags=re.M | re.S))
+             for name, cells in pages.items() for kind, text in cells if kind in ("markdown", "text/markdown")]
+    bare = sorted({f"{name}: {o}" for name, text in prose for o in re.findall(r"(?<![\w-])--[a-z][\w-]*", text)})
+    assert not bare, f"pandoc makes one dash of the hyphens of {bare}"
 
 
 def test_no_link_inside_a_link(pages):

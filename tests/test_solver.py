@@ -6,7 +6,7 @@ import torch
 
 from fips_nb.blockwise_opt import refit_u, refit_v
 from fips_nb.sparse_factors import fan_in_mask, global_masks, nm_mask, rigl_mask, topk_mask
-from fips_nb.statistics import Metric
+from fips_nb.share.statistics import Metric
 from fips_nb.svd_init import BudgetTooSmall, copy_rows, rank_for_budget, regularize, svd_init
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from fips_nb.packing import PackedLinear
-from fips_nb.sparse_factors import MOVING, Pruner, Schedule, erk_densities, fan_in_mask, nm_mask, rigl_mask, srigl_mask
-from fips_nb.sparse_training import condense, sparsify
+from fips_nb.speed.packing import PackedLinear
+from fips_nb.sparse_factors import (MOVING, Pruner, Schedule, erk_densities, fan_in_mask,
+                                    nm_mask, rigl_mask, srigl_mask)
+from fips_nb.research.sparse_training import condense, sparsify
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPES = [(4, 6), (7, 5), (13, 29), (64, 33), (33, 64)]

@@ -5,13 +5,12 @@ import pytest
 import torch
 from small import bits, images, make, same
 
-from fips_nb.disk import replacing
+from fips_nb.store.disk import replacing
 from fips_nb.grouping import find_mlps
-from fips_nb import pipeline
-from fips_nb.pipeline import compress
+from fips_nb.share.pipeline import compress
 from fips_nb.sparse_factors import factor_layers
-from fips_nb.state import Progress, digest, open_state, read_meta, read_run, write_tensors
-from fips_nb.statistics import collect_moments
+from fips_nb.store.state import Progress, digest, open_state, read_meta, read_run, write_tensors
+from fips_nb.share.statistics import collect_moments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -67,7 +66,7 @@ def check_resumed(run, model, before, whole, state):
 @pytest.fixture(autouse=True)
 def timed_once(monkeypatch):
     "Forecasts run what they time once, so that forwards can be counted."
-    monkeypatch.setattr(pipeline, "seconds_of", lambda f, *args: (f(), .01)[1])
+    monkeypatch.setattr("fips_nb.share.forecast.seconds_of", lambda f, *args: (f(), .01)[1])
 
 
 @pytest.mark.parametrize("preset", CASES)

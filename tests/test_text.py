@@ -12,10 +12,11 @@ from transformers import (AutoModelForCausalLM, BertConfig, BertForMaskedLM, Ber
                           PreTrainedTokenizerFast, Qwen2Config, ViTConfig,
                           ViTForImageClassification)
 
-from fips_nb.evaluation import evaluate
-from fips_nb.tasks import evaluate_tasks, repetition, samples
-from fips_nb.text import (TextBatches, context_length, cosine_similarity, documents, enough_windows,
-                          open_tokenizer, perplexity, pick_windows, tokenize, window_sums)
+from fips_nb.measure.evaluation import evaluate
+from fips_nb.measure.tasks import evaluate_tasks, repetition, samples
+from fips_nb.data.text import (TextBatches, context_length, documents, enough_windows,
+                               open_tokenizer, pick_windows, tokenize)
+from fips_nb.measure.perplexity import cosine_similarity, perplexity, window_sums
 
 DATA = os.environ.get("FIPS_NB_DATA")
 real = pytest.mark.skipif(not DATA, reason="FIPS_NB_DATA is not set")
@@ -263,7 +264,7 @@ def test_only_the_text_that_is_needed_is_read(tok):
 def test_moments_are_collected_over_the_windows(tok):
     "160 tokens of windows make 160 rows of the second moment."
     from fips_nb.grouping import LinearSpec
-    from fips_nb.statistics import collect_moments
+    from fips_nb.share.statistics import collect_moments
     m = llama()
     name = "model.layers.0.mlp.up_proj"
     windows = TextBatches(DOCS, tok, 16, n=10, model=m)
@@ -395,7 +396,7 @@ def test_models_without_a_perplexity(tok):
 
 
 @pytest.mark.parametrize("call, word", [
-    (lambda m, t: perplexity(m, t, DOCS, length=65), "context of 64; pass length=64"),
+    (lambda m, t: perplexity(m, t, DOCS, length=65), "context of 64; take 64 or fewer"),
     (lambda m, t: perplexity(m, None, DOCS), "needs the model's tokenizer"),
     (lambda m, t: perplexity(llama(vocab_size=256), t, DOCS),
      "outside the model's vocabulary 0..255: this tokenizer belongs to another model"),

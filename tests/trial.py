@@ -12,14 +12,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fips_nb import cli, hub
-from fips_nb.coded_models import bits_to_bytes, code_model
-from fips_nb.demo import demo_images, demo_vit
-from fips_nb.pipeline import compress
-from fips_nb.planner import Plan
-from fips_nb.transformers_folders import checksum
+from fips_nb.run import cli
+from fips_nb.run.folders import info
+from fips_nb.store import hub
+from fips_nb.round.sizes import bits_to_bytes
+from fips_nb.round.code import code_model
+from fips_nb.data.demo import demo_images, demo_vit
+from fips_nb.share.pipeline import compress
+from fips_nb.share.planner import Plan, make_plan
+from fips_nb.store.transformers_folders import checksum
 
-PACKAGE = Path(hub.__file__).parent
+PACKAGE = Path(hub.__file__).parents[1]
 
 # ---- honest folders ----
 
@@ -246,7 +249,7 @@ def export(folder):
 
 
 def open_folder(folder, way):
-    if way == "info": return cli.commands.info(folder)
+    if way == "info": return info(folder)
     if way == "export": return export(folder)
     if way == "load": return loaded(folder)
     from transformers import AutoModelForCausalLM
@@ -344,7 +347,7 @@ def one_plan(seed, plan, root):
 
 
 def compress_check(plan):
-    from fips_nb.budgets import check_plan
+    from fips_nb.share.budgets import check_plan
     check_plan(demo_vit(), plan.groups)
 
 
@@ -409,7 +412,7 @@ def fuzz(n, seed, root):
     file = root/"plan.json"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        cli.main(["plan", "demo-vit", "--target-ratio", ".6", "--n-calib", "50", "--out", str(file)])
+        make_plan(demo_vit(), [demo_images("train")[0][:50]], .6, ranks=(2,), levels=(3,)).save(file)
     plan = json.loads(file.read_text())
     got += in_chunks(lambda s: one_plan(s, plan, root), seeds[:n//8])
     failed = [(s, *g[:3]) for s, g in zip(seeds, got) if g[2] not in GOOD]
@@ -424,10 +427,10 @@ SLACK = 96 << 20 # bytes: a first load imports what a later one does not
 
 # ---- kills ----
 
-QUICK = ["--preset", "pruning", "--levels", "3", "--distill-epochs", "1", "--n-calib", "100"]
+QUICK = ["--params", ".5", "--method", "pruning:levels=3", "--epochs", "1", "--n", "100"]
 RUNS = dict(compress=["compress", "demo-vit", "--out", "m", *QUICK],
             overwrite=["compress", "demo-vit", "--out", "m", "--overwrite", *QUICK],
-            plan=["plan", "demo-vit", "--target-ratio", ".6", "--n-calib", "50", "--out", "plan.json"])
+            plan=["compress", "demo-vit", "--out", "m", "--params", ".6", "--method", "fips-als", "--epochs", "0", "--n", "50"])
 
 
 def run_cli(words, folder):
@@ -461,18 +464,13 @@ def one_kill(r, kind, root, wanted, seconds):
     words, m = RUNS[kind], d/"m"
     if kind == "overwrite": shutil.copytree(root/"old", m)
     alive = killed(words, d, r.uniform(0, 1.05*seconds))
-    if kind == "plan":
-        if (d/"plan.json").exists(): Plan.read(d/"plan.json")
-        status = forked(lambda: run_cli(words, d), 120)
-        said = "as without a kill" if status == 0 and Plan.read(d/"plan.json").groups == wanted else "another plan"
-    else:
-        if kind == "overwrite" and not m.exists() and not list(d.glob(".m.*.work/old")): return "lost the old one", alive
-        if m.exists(): # old or new, complete
-            now = hub.load(m).state_dict()
-            if not (same(weights(m), wanted) or same(weights(m), weights(root/"old"))): return "a mixture", alive
-        status = forked(lambda: run_cli([*words, "--resume"], d), 120)
-        said = "as without a kill" if status == 0 and same(weights(m), wanted) else f"other weights (exit {status})"
-    left = sorted(p.name for p in d.iterdir() if p.name not in ("m", "plan.json"))
+    if kind == "overwrite" and not m.exists() and not list(d.glob(".m.*.work/old")): return "lost the old one", alive
+    if m.exists(): # old or new, complete
+        hub.load(m)
+        if not (same(weights(m), wanted) or same(weights(m), weights(root/"old"))): return "a mixture", alive
+    status = forked(lambda: run_cli([*words, "--resume"], d), 120)
+    said = "as without a kill" if status == 0 and same(weights(m), wanted) else f"other weights (exit {status})"
+    left = sorted(p.name for p in d.iterdir() if p.name != "m")
     shutil.rmtree(d)
     return f"left {left}" if left else said, alive
 
@@ -480,23 +478,17 @@ def one_kill(r, kind, root, wanted, seconds):
 def kills(n, seed, root):
     "Counts by outcome for `n` killed runs of each kind of command."
     r, counts, hit = random.Random(seed), Counter(), Counter()
-    for name, words in (("want", RUNS["compress"]), ("old", ["compress", "demo-vit", "--out", "m", "--preset", "svd", "--n-calib", "50"])):
-        (root/name).mkdir()
-        assert forked(lambda: run_cli(words, root/name), 300) == 0
-    shutil.move(root/"old"/"m", root/"old2")
-    (root/"old").rmdir()
-    (root/"old2").rename(root/"old")
-    times = {}
-    for kind in RUNS:
+    old = ["compress", "demo-vit", "--out", "m", "--params", ".5", "--method", "svd", "--n", "50"]
+    times, made = {}, {}
+    for kind, words in (RUNS | dict(old=old)).items():
         d = Path(tempfile.mkdtemp(dir=root))
         start = time.perf_counter()
-        assert forked(lambda: run_cli(RUNS[kind], d), 300) == 0
-        times[kind] = time.perf_counter() - start
-        if kind == "plan": plan = Plan.read(d/"plan.json").groups
-    want = weights(root/"want"/"m")
+        assert forked(lambda: run_cli(words, d), 300) == 0
+        times[kind], made[kind] = time.perf_counter() - start, weights(d/"m")
+        if kind == "old": (d/"m").rename(root/"old")
     for i in range(n):
         kind = sorted(RUNS)[i%len(RUNS)]
-        said, alive = one_kill(r, kind, root, plan if kind == "plan" else want, times[kind])
+        said, alive = one_kill(r, kind, root, made[kind], times[kind])
         counts[kind, said] += 1
         hit[kind] += alive
     return dict(counts=[dict(kind=k, way="kill", outcome=o, n=c) for (k, o), c in sorted(counts.items())], n=n,
@@ -576,19 +568,15 @@ GOOD = ("refused", "described", "exported", "loaded, the same", "loaded, other v
 def bad(report): return [c for c in report["counts"] if c["outcome"] not in GOOD]
 
 
-BEHIND = ("schema.parse_json", "schema.conform", "disk.swapping", "disk._take_place", "disk.hold", "state.open_state",
-          "folder_format.read_config", "folder_format.check_groups", "folder_format.coded_factors",
-          "folder_format.check_claims",
-          "folder_format.unpack_mask", "folder_format.unpack_values", "timm_folders.blueprint", "timm_folders.read",
-          "own_modules.read", "own_modules.fill", "own_modules.misfits", "own_modules.dense_state",
-          "transformers_folders.check_shards", "transformers_folders._check_complete", "transformers_folders.read")
+ENTRIES = dict(folders="fuzz", kills="kills", faults="faults")
+WRITES = ["store.disk.swapping", "store.state.open_state", "store.schema.conform"]  # is what is tried, see Code.closure
 
 
 def recorded(a):
     "The report of one trial, kept in results/trial.json with the code behind it."
-    from fips_nb.results import record
-    return record("trial", dict(trial=a.what, n=a.n), lambda: run(a.what, a.n, a.seed), BEHIND, seed=a.seed,
-                  folder=Path(__file__).parents[1]/"results")
+    from fips_nb.measure.records import record
+    return record("trial", dict(trial=a.what, n=a.n), lambda: run(a.what, a.n, a.seed),
+                  [f"tests/trial:{ENTRIES[a.what]}", *WRITES], seed=a.seed)
 
 
 def one(seed):

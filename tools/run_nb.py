@@ -1,4 +1,4 @@
-"""Execute notebooks in place, with outputs: `python tools/run_nb.py [--flags "slow cuda"] nbs/*.ipynb`.
+"""Execute notebooks in place, with outputs: `python tools/run_nb.py [--flags "slow cuda"] nbs/*.ipynb nbs/*/*.ipynb`.
 
 Cells whose flag is in `tst_flags` of settings.ini run only if it is named in `--flags`; else they keep the outputs
 they have, as do cells with `#| eval: false`. Plain `jupyter nbconvert --execute` would run them all.
