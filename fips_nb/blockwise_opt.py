@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 import torch
 from .svd_init import BudgetTooSmall, svd_init, weighted_truncate, whiten
-from .grouping import Group, LinearSpec
+from .grouping import Group
 from .sparse_factors import cubic_density, pick_masks
 from .share.statistics import Metric
 

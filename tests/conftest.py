@@ -1,7 +1,9 @@
 """Fixtures that several files share, and what must not come last."""
+import time
+
 import pytest
 
-from folders import demos, home, no_work, short # fixtures
+from folders import demos, fips, home, no_work, short, shorter  # noqa: F401 (fixtures)
 
 # each takes a minute or more in few tests: they go first, so that no process is left alone with one
 LONG = ("test_trial", "test_site", "test_finetune", "test_cli_text")
@@ -20,3 +22,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(n)
+
+
+@pytest.fixture
+def timed_once(monkeypatch):
+    "Forecasts call what they time once and not for a tenth of a second, which is most of a run of a small model."
+    def seconds_of(f):
+        start = time.perf_counter()
+        f()
+        return time.perf_counter() - start
+    for name in ("share.forecast", "round.code"): monkeypatch.setattr(f"fips_nb.{name}.seconds_of", seconds_of)

@@ -46,12 +46,21 @@ def demos(tmp_path_factory):
     return once(tmp_path_factory, "demos", make)
 
 
-@pytest.fixture
-def short(monkeypatch):
-    "The demo has two blocks, which takes a fifth of the time, and folders have no picture."
+def shorten(monkeypatch, blocks):
+    "Let the demo have few blocks, folders no picture, a file a tenth less than was asked for, and take no time."
     from small import first_blocks
-    monkeypatch.setattr("fips_nb.data.demo.demo_vit", lambda pretrained=True: first_blocks(2))
+    monkeypatch.setattr("fips_nb.data.demo.demo_vit", lambda pretrained=True: first_blocks(blocks))
     monkeypatch.setattr("fips_nb.store.hub.picture", lambda config: None)
+    monkeypatch.setattr("fips_nb.round.sizes.SPARE_BYTES", .1)
+    monkeypatch.setattr("fips_nb.run.evaluate.latency", lambda models, *_: [1.5]*len(models))
+
+
+@pytest.fixture
+def short(monkeypatch): shorten(monkeypatch, 2)
+
+
+@pytest.fixture
+def shorter(monkeypatch): shorten(monkeypatch, 1)
 
 
 @pytest.fixture
@@ -155,3 +164,33 @@ def home(tmp_path_factory):
 def data_for(home, name):
     "What the model `name` is calibrated on and measured with."
     return home/dict(images="images", captions="captions").get(KINDS.get(name), "text.txt")
+
+
+# ---- the command ----
+
+class Command:
+    "Runs `fips` in this process: (status, stdout, stderr), or with `.json` what it says."
+    def __init__(self, capsys): self.capsys = capsys
+
+    def __call__(self, line):
+        from fips_nb.run.cli import main
+        status = main(line.split())
+        return status, *self.capsys.readouterr()
+
+    def json(self, line):
+        status, out, err = self(f"{line} --json")
+        assert status == 0 and out.count("\n") == 1, err
+        return json.loads(out)
+
+
+@pytest.fixture
+def fips(capsys, monkeypatch, tmp_path):
+    "The command, in an empty folder."
+    monkeypatch.chdir(tmp_path)
+    return Command(capsys)
+
+
+def without_news(err):
+    "stderr without the lines that say what will be done and how long it takes."
+    news = "fips: compressing ", "fips: planning ", "fips: fine-tuning "
+    return "".join(line for line in err.splitlines(keepends=True) if not line.startswith(news))

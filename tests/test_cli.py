@@ -1,10 +1,6 @@
-"""The command `fips`: results, purity of stdout, bad input, interruption, other models."""
-import contextlib
-import dataclasses
+"""The command `fips` on vision models: results, purity of stdout, other models, interruption. What is refused: test_wrong_inputs.py."""
 import errno
-import io
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -16,37 +12,26 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from fips_nb.run import cli, commands
-from fips_nb.store import hub, timm_folders
-from fips_nb import pipeline
-from fips_nb.share.budgets import PRESETS
+import fips_nb
 from fips_nb.data.demo import demo_images, demo_vit
-from fips_nb.store.codes import dense_bytes
+from fips_nb.round import code
+from fips_nb.run import cli, compress as run_compress
+from fips_nb.run.folders import info
+from fips_nb.run.reports import compress_text, evaluate_text
+from fips_nb.round.sizes import bits_to_bytes
+from fips_nb.share import pipeline
+from fips_nb.share.budgets import PRESETS
 from fips_nb.sparse_factors import factor_layers
+from fips_nb.store import hub, timm_folders
+from fips_nb.store.codes import dense_bytes
+from folders import without_news
+from small import first_blocks
 
-DATA = os.environ.get("FIPS_NB_DATA")
-QUICK = "--distill-epochs 0 --n-calib 200 --levels 15".split()
+SVD = "compress demo-vit --n 40 --method svd"
+BITS = "compress demo-vit --n 40 --bits 6"
 TINY = "test_vit"  # timm's smallest vision transformer: 64 wide, 160 pixels
 
-
-@pytest.fixture
-def fips(capsys, monkeypatch, tmp_path):
-    "Run the command in an empty folder: (status, stdout, stderr)."
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words):
-        status = cli.main([str(w) for w in words])
-        return (status, *capsys.readouterr())
-    return run
-
-
-@pytest.fixture(scope="module")
-def demo_out(tmp_path_factory):
-    "A compressed demo, and what the command said."
-    out = tmp_path_factory.mktemp("cli")/"small"
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        assert cli.main(["compress", "demo-vit", "--out", str(out), "--json", *QUICK]) == 0
-    return out, json.loads(said.getvalue())
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +40,7 @@ def tiny(tmp_path_factory):
     d = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
     save_file(timm.create_model(TINY, num_classes=7).state_dict(), d/"w.safetensors")
-    for i in range(14):
-        picture(d/"images"/f"{i % 7}"/f"{i}.png", i)
+    for i in range(14): picture(d/"images"/f"{i % 7}"/f"{i}.png", i)
     return d
 
 
@@ -68,358 +52,211 @@ def picture(path, seed=0):
     to_pil_image(pixels).resize((200, 180)).save(path)
 
 
-def without_news(err):
-    "stderr without the line that says what will be done and how long it takes."
-    lines = err.splitlines(keepends=True)
-    return "".join(line for line in lines if not line.startswith("fips: compressing "))
-
-
-def refused(result, *words, status=2):
-    "One helpful line, nothing on stdout, no traceback."
-    err = without_news(result[2])
-    assert result[0] == status and result[1] == ""
-    assert err.startswith("fips: error: ") and err.count("\n") == 1 and err.endswith("\n"), err
-    for w in words:
-        assert w in err, (w, err)
-    assert not Path("x").exists() and not Path("x.state").exists()
-
-
 # ---- results ----
 
-def test_compress_says_what_was_written(demo_out):
-    out, said = demo_out
-    assert said["out"] == str(out)
-    assert sorted(p.name for p in out.iterdir()) == ["README.md", "config.json", "layers.png", "model.safetensors"]
-    assert not Path(f"{out}.state").exists()
-    assert said["bytes"] == (out/"model.safetensors").stat().st_size
-    assert said["dense_bytes"] == dense_bytes(demo_vit()) > said["dense_bytes_16"] > said["bytes"]
-    assert .49 < said["mlp_budget"] <= .5 and .6 < said["model_ratio"] < .7
-    assert 0 < sum(said["seconds_by_phase"].values()) <= said["seconds"] + .1
+def test_compress_says_what_was_written(demos):
+    "Four bits if nobody names a size; everything is counted again."
+    n, sizes = sum(p.numel() for p in demo_vit().parameters()), dense_bytes(demo_vit())
+    for name in ("coded", "factors"):
+        said, out = json.loads((demos/f"{name}.json").read_text()), demos/name
+        assert sorted(p.name for p in out.iterdir()) == ["README.md", "config.json", "layers.png", "model.safetensors"]
+        assert said["out"] == str(out) and not Path(f"{out}.state").exists()
+        assert said["bytes"] == (out/"model.safetensors").stat().st_size
+        assert said["bits"] == pytest.approx(8*said["bytes"]/n) and (said["n"], said["unit"]) == (200, "images")
+        assert said["dense_bytes"] == sizes > said["dense_bytes_16"] > said["bytes"]
+        assert 0 < sum(said["seconds_by_phase"].values()) <= said["seconds"] + .1
     layers = factor_layers(hub.load(out)).values()
-    bases = {id(f.U): f.U.numel() for f in layers}
-    kept = sum(int((f.V != 0).sum()) for f in layers) + sum(bases.values())
-    assert said["mlp_params"] == kept
-    assert said["mlp_budget"] == pytest.approx(kept/said["mlp_dense_params"])
-    assert (said["n_layers"], said["n_bases"]) == (len(layers), len(bases))
+    kept = sum(int((f.V != 0).sum()) for f in layers)  # pruning has no bases
+    assert said["mlp_params"] == kept and said["mlp_budget"] == pytest.approx(kept/said["mlp_dense_params"])
+    assert said["model_ratio"] == pytest.approx(.65, abs=1e-4) and (said["n_layers"], said["n_bases"]) == (len(layers), 0)
+    assert said["method"] == "pruning:levels=5" and torch.equal(hub.load(out).pos_embed, demo_vit().pos_embed.half().float())
+    said = json.loads((demos/"coded.json").read_text())
+    assert 3.97 < said["bits"] <= 4 and said["method"] == "rounding" and "factors" not in said
 
 
-def test_eval_is_the_accuracy_of_what_was_written(fips, demo_out):
-    status, out, err = fips("eval", demo_out[0], "--json")
-    said = json.loads(out)
+def test_eval_is_the_accuracy_of_what_was_written(fips, demos):
     x, y = demo_images("test")
-    with torch.no_grad():
-        right = [(m(x).argmax(1) == y).float().mean().item()
-                 for m in (hub.load(demo_out[0]), demo_vit())]
-    assert (status, err) == (0, "") and said["n"] == 797
-    assert said["top1"] == pytest.approx(right[0], abs=1e-6)
-    assert said["dense"]["top1"] == pytest.approx(right[1], abs=1e-6)
-    assert said["difference"] == pytest.approx(right[0] - right[1], abs=1e-6)
-    assert said["interval"][0] < said["top1"] < said["interval"][1]
-    assert said["ms_per_image"] > 0 and said["bytes"] == demo_out[1]["bytes"]
+    with torch.no_grad(): right, dense = ((m(x).argmax(1) == y).float().mean().item()
+                                          for m in (hub.load(demos/"coded"), demo_vit()))
+    said = fips.json(f"eval {demos/'coded'}")
+    assert said["n"] == 797 and said["top1"] == pytest.approx(right, abs=1e-6)
+    assert said["dense"]["top1"] == pytest.approx(dense, abs=1e-6)
+    assert said["difference"] == pytest.approx(right - dense, abs=1e-6)
+    assert said["interval"][0] < said["top1"] < said["interval"][1] and said["ms_per_image"] > 0
+    assert said["bytes"] == (demos/"coded/model.safetensors").stat().st_size
+    assert "dense demo-vit" in (out := evaluate_text(said))
+    for p in (right, dense): assert f"{100*p:.2f} %" in out
+    for n in (said["bytes"], dense_bytes(demo_vit()), dense_bytes(demo_vit(), torch.float16)): assert f"{n:,}" in out
 
 
-def test_eval_of_a_dense_model(fips):
-    said = json.loads(fips("eval", "demo-vit", "--json")[1])
-    assert said["top1"] > .98 and "dense" not in said
-    assert said["bytes"] == dense_bytes(demo_vit()) == pytest.approx(2*said["bytes_16"], rel=1e-3)
+def test_eval_of_a_dense_model(fips, short):
+    said = fips.json("eval demo-vit --batch-size 100")
+    assert "dense" not in said and said["bytes"] == dense_bytes(first_blocks(2)) == pytest.approx(2*said["bytes_16"], rel=3e-3)
 
 
 @pytest.mark.parametrize("value", ["x", None, 1.5, [], -10**9])
-def test_info_of_a_report_that_says_nonsense(demo_out, tmp_path, value):
-    folder = shutil.copytree(demo_out[0], tmp_path/"m")
+def test_info_of_a_report_that_says_nonsense(demos, tmp_path, value):
+    folder = shutil.copytree(demos/"factors", tmp_path/"m")
     config = json.loads((folder/"config.json").read_text())
     config["report"]["model_params"] = value
     (folder/"config.json").write_text(json.dumps(config))
-    said = commands.info(folder)
+    said = info(folder)
     assert said["model_params"] == value and "bits" not in said
 
 
-def test_info_is_the_report(fips, demo_out):
-    said = json.loads(fips("info", demo_out[0], "--json")[1])
-    assert len(said["layers"]) == 40 and said["mlp_budget"] == demo_out[1]["mlp_budget"]
-    assert said["config"]["levels"] > 0
-    status, out, err = fips("info", demo_out[0], "--layers")
-    assert (status, err) == (0, "")
+def test_info_is_the_report(fips, demos):
+    folder, made = demos/"factors", json.loads((demos/"factors.json").read_text())
+    said = fips.json(f"info {folder}")
+    assert len(said["layers"]) == 40 and said["mlp_budget"] == made["mlp_budget"] and said["config"]["levels"] == 5
+    assert said["source"] == dict(model="demo-vit", n=200, unit="images", dense=None, data=None)
+    status, out, err = fips(f"info {folder} --layers")
+    assert (status, err) == (0, "") and f"{said['bytes']:,}" in out
     assert sum(line.strip().startswith("blocks.") for line in out.splitlines()) == 40
-    assert f"{said['bytes']:,}" in out
-    status, short, err = fips("info", demo_out[0])
-    assert (status, err) == (0, "") and len(short.splitlines()) < 20
-    assert all(name in short for name in ("fc1", "fc2", "errors"))
+    status, out, err = fips(f"info {folder} --plot p.svg")
+    assert (status, err) == (0, "") and len(out.splitlines()) < 20 and Path("p.svg").read_text().startswith("<?xml")
+    assert all(name in out for name in ("fc1", "fc2", "errors"))
+    said = fips.json(f"info {demos/'coded'}")
+    assert len(said["layers"]) == 80 and 3.97 < said["bits"] <= 4
+    assert "bits per weight" in fips(f"info {demos/'coded'} --layers")[1]
 
 
-def test_people_read_the_same_numbers(fips):
-    out = fips("compress", "demo-vit", "--out", "x", "--preset", "svd", *QUICK)[1]
-    said = json.loads(fips("info", "x", "--json")[1])
-    for k in ("mlp_params", "mlp_dense_params", "bytes"):
-        assert f"{said[k]:,}" in out
-    dense = demo_vit()
-    for n in (dense_bytes(dense), dense_bytes(dense, torch.float16)):
-        assert f"{n:,}" in out
-    out = fips("eval", "x")[1]
-    ev = json.loads(fips("eval", "x", "--json")[1])
-    for p in (ev["top1"], ev["dense"]["top1"]):
-        assert f"{100*p:.2f} %" in out
-    assert "dense demo-vit" in out
-    assert f"{ev['bytes']:,}" in out and f"{ev['dense']['dense_bytes']:,}" in out
-
-
-def test_reports_keep_long_names_and_fit_100_columns(fips):
-    name = "a-folder-with-a-name-of-more-than-24-characters"
-    outs = [fips("compress", "demo-vit", "--out", name, "--preset", "svd", *QUICK)[1]]
-    outs += [fips(*words)[1] for words in (["eval", name], ["info", name])]
-    for out in outs:
-        assert name in out and max(map(len, out.splitlines())) <= 100 + len(name)
+def test_people_read_the_same_numbers(fips, short):
+    "And long names stay whole, in lines of at most 100 columns beside them."
+    name, dense = "a-folder-with-a-name-of-more-than-24-characters", first_blocks(2)
+    outs = [fips(f"{SVD} --out {name}")[1], fips(f"eval {name}")[1], fips(f"info {name}")[1]]
+    said = fips.json(f"info {name}")
+    for k in ("mlp_params", "mlp_dense_params", "bytes"): assert f"{said[k]:,}" in outs[0]
+    for n in (dense_bytes(dense), dense_bytes(dense, torch.float16)): assert f"{n:,}" in outs[0]
+    for out in outs: assert name in out and max(map(len, out.splitlines())) <= 100 + len(name)
     assert outs[1].splitlines()[1].startswith(f"{name}  ")
 
 
-@pytest.mark.parametrize("words", [["compress", "demo-vit", "--out", "x", *QUICK],
-                                   ["eval", "demo-vit"]])
-def test_json_is_one_object_whatever_libraries_print(fips, monkeypatch, words):
-    where = (pipeline, "collect_moments") if words[0] == "compress" else (commands, "latency")
-    run = getattr(*where)
+@pytest.mark.parametrize("line", [f"{SVD} --out x", "eval demo-vit"])
+def test_json_is_one_object_whatever_libraries_print(fips, short, monkeypatch, line):
+    where = (pipeline, "fit_plan") if line.startswith("compress") else (fips_nb.run.evaluate, "latency")
+    real = getattr(*where)
 
     def noisy(*a, **k):
         print("noise")
-        return run(*a, **k)
+        return real(*a, **k)
     monkeypatch.setattr(*where, noisy)
-    status, out, err = fips(*words, "--json")
+    status, out, err = fips(f"{line} --json")
     assert status == 0 and out.count("\n") == 1 and isinstance(json.loads(out), dict)
-    assert without_news(err) == "noise\n"
+    assert set(without_news(err).splitlines()) == {"noise"}
 
 
-def test_the_expected_time_is_said_before_the_start(fips):
-    _, out, err = fips("compress", "demo-vit", "--out", "x", "--preset", "svd", *QUICK)
+def test_the_expected_time_is_said_before_the_start(fips, short):
+    _, out, err = fips(f"{SVD} --out x")
     news = err.splitlines()
-    assert len(news) == 1 and news[0].startswith("fips: compressing demo-vit by svd")
-    assert "200 images" in news[0] and "about" in news[0] and "fips: " not in out
+    assert len(news) == 1 and news[0].startswith("fips: compressing demo-vit by svd, 4 linears, with 40 images")
+    assert "no distillation; about" in news[0] and "fips: " not in out
 
 
-def test_options_reach_the_pipeline(fips):
-    words = "--sparsity .6 --group-size 5 --seed 3 --dtype float32 --budget .3 --json".split()
-    json.loads(fips("compress", "demo-vit", "--out", "x", *words, *QUICK)[1])
-    said = json.loads(fips("info", "x", "--json")[1])
-    assert said["config"]["sparsity"] == .6 and len({la["group"] for la in said["layers"]}) == 4
-    assert said["seed"] == 3 and said["budget"] == .3
-    layers = factor_layers(hub.load("x")).values()
-    assert any(not torch.equal(f.V, f.V.half().float()) for f in layers)
+def test_options_reach_the_pipeline(fips, short):
+    fips.json("compress demo-vit --out x --n 40 --epochs 0 --seed 3 --params .6 "
+              "--method fips-als:sparsity=.6,group_size=1,levels=2")
+    said = fips.json("info x")
+    assert {k: said["config"][k] for k in ("sparsity", "levels", "group_size", "distill_epochs")} == dict(
+        sparsity=.6, levels=2, group_size=1, distill_epochs=0)
+    assert said["seed"] == 3 and said["model_ratio"] <= .6 and len({la["group"] for la in said["layers"]}) == 2
+    fips.json(f"{BITS} --out y --epochs 1 --batch-size 20 --seed 4")
+    said = fips.json("info y")
+    assert (said["seed"], said["config"]["distill_epochs"], len(said["divergences"])) == (4, 1, 2)
 
 
-def test_the_rest_is_rounded_unless_it_is_kept(fips):
-    words = ["compress", "demo-vit", "--preset", "svd", *QUICK]
-    a = json.loads(fips(*words, "--out", "a", "--json")[1])
-    b = json.loads(fips(*words, "--out", "b", "--keep-float32", "--json")[1])
-    x = demo_vit().pos_embed
-    assert torch.equal(hub.load("b").pos_embed, x)
-    assert torch.equal(hub.load("a").pos_embed, x.half().float())
-    assert a["bytes"] < b["bytes"]
+@pytest.mark.parametrize("line, options", [
+    ("--method svd", dict(method="svd")),
+    ("--bits 5 --params .8 --method svd --epochs 1", dict(bits=5, params=.8, method="svd", epochs=1))])
+def test_the_same_request_gives_the_same_bytes(fips, shorter, line, options):
+    "Twice on the command line, and by the same names in Python."
+    def written(folder):
+        report = json.loads((Path(folder)/"config.json").read_text())
+        for k in ("seconds", "seconds_by_phase", "expected_seconds", "run", "request"): report["report"].pop(k, None)
+        return Path(f"{folder}/model.safetensors").read_bytes(), report
+    for out in "ab": fips.json(f"compress demo-vit --n 40 --out {out} {line}")
+    said = fips_nb.compress("demo-vit", out="c", n=40, **options)
+    assert written("a") == written("b") == written("c")
+    assert json.loads(json.dumps(said.report)) == said.report
+    assert written(said.save("d"))[0] == written("a")[0]
 
 
-def test_python_and_the_command_line_agree(fips):
-    "One function behind both: the same names, the same defaults, the same weights."
-    fips("compress", "demo-vit", "--out", "a", "--preset", "svd", "--n-calib", "100")
-    said = commands.compress("demo-vit", out="b", preset="svd", n_calib=100).report
-    a, b = load_file("a/model.safetensors"), load_file("b/model.safetensors")
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    assert json.loads(json.dumps(said)) == said
-    for kind in (commands.CompressOptions, commands.FitOptions, commands.EvaluateOptions):
-        assert dataclasses.is_dataclass(kind) and kind.__dataclass_params__.frozen
-    with pytest.raises(ValueError, match="nearest are n_calib"):
-        commands.compress("demo-vit", out="c", ncalib=100)
+def test_a_dry_run_says_what_is_done(fips, short, monkeypatch):
+    "The plan is the one that is made, it meets the share of the parameters, and the export computes the same."
+    monkeypatch.setattr(run_compress, "LEVELS", 3)
+    line = "compress demo-vit --n 40 --params .7 --method fips-als:levels=3 --epochs 0"
+    plan = fips.json(f"{line} --dry-run")
+    assert plan["dry_run"] and plan["epochs"] == 0 and not list(Path().iterdir())
+    assert plan["plan"]["divergence"] <= min(plan["plan"]["trials"].values())
+    text = compress_text(plan)
+    assert text.startswith("Nothing was written: compressing demo-vit by fips-als") and "this plan, measured" in text
+    made = fips.json(f"{line} --out small")
+    assert .69 < made["model_ratio"] <= .7 and made["plan"]["trials"] == plan["plan"]["trials"]
+    kept = {la["name"]: (la["rank"], la["density"]) for la in fips.json("info small")["layers"]}
+    for la in plan["layers"]:
+        rank, density = kept[la["name"]]
+        assert rank == la["rank"] and density == pytest.approx(la["density"], abs=.01)
+    status, text, err = fips("export small --out dense")
+    assert status == 0 and "plain weights" in text, err
+    (model := first_blocks(2)).load_state_dict(load_file("dense/model.safetensors"))
+    x = demo_images("test")[0][:4]
+    torch.testing.assert_close(model(x), hub.load("small")(x), rtol=1e-4, atol=1e-4)
 
 
-def test_presets_of_help_are_those_of_the_package(fips):
-    said = " ".join(fips("compress", "--help")[1].split()).replace("- ", "-")  # of words broken at a hyphen
-    assert f"method: {', '.join(['rounding', *PRESETS, 'auto'])} (default: auto for --bits" in said
+def test_minutes_decide_on_the_passes(fips, short, monkeypatch):
+    "Six passes of ten seconds each, and five seconds without them: half a minute has room for two."
+    def seconds(request, o, plans=()):
+        epochs = 6 if o.epochs is None else o.epochs
+        return epochs, 5 + 10.*epochs
+    monkeypatch.setattr("fips_nb.run.forecast.codes_ahead", seconds)
+    said = fips.json(f"{BITS} --dry-run --minutes .5")
+    assert said["epochs"] == 2 and said["nbytes"] == bits_to_bytes(first_blocks(2), 6) and said["expected_seconds"] == 25
 
 
-def test_help_is_quick_and_light():
+# ---- help ----
+
+def test_help_and_the_package_are_light():
+    "Neither imports torch, nor does a command that is typed wrong."
+    call = ("import sys, fips_nb; from fips_nb.run.cli import main\n"
+            "heavy = lambda: sorted({'torch', 'timm', 'numpy', 'transformers'} & set(sys.modules))\n"
+            "assert 'compress' in dir(fips_nb) and not hasattr(fips_nb, 'code_model'), dir(fips_nb)\n"
+            "print(heavy(), main(['--help']), main(['compress']), main(['finetune', '--help']), heavy())")
     t = time.perf_counter()
-    call = ("import sys; from fips_nb.run.cli import main; s = main(['--help']); "
-            "print(sorted({'torch', 'timm', 'numpy'} & set(sys.modules))); sys.exit(s)")
     res = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True)
-    assert res.returncode == 0 and res.stdout.strip().endswith("[]")
-    assert "fips compress demo-vit --out" in res.stdout
+    assert res.returncode == 0 and res.stdout.splitlines()[-1] == "[] 0 2 0 []", res
+    assert res.stdout.startswith("usage: fips") and "fips compress demo-vit --out" in res.stdout
+    assert res.stderr.startswith("fips: error: ") and res.stderr.count("\n") == 1
     assert time.perf_counter() - t < 5
-    call = "import sys; from fips_nb.run.cli import main; sys.exit(main())"
-    res = subprocess.run([sys.executable, "-c", call, "compress"], capture_output=True, text=True)
-    assert res.returncode == 2 and res.stderr.startswith("fips: error: ")
-    assert res.stderr.count("\n") == 1 and not res.stdout
 
 
-@pytest.mark.parametrize("command", ["compress", "plan", "eval", "compare", "info", "bench", "export"])
+@pytest.mark.parametrize("command", cli._COMMANDS)
 def test_every_command_has_help_with_examples(fips, command):
-    status, out, _ = fips(command, "--help")
+    status, out, _ = fips(f"{command} --help")
     assert status == 0 and f"fips {command} " in out and "--json" in out
     assert max(map(len, out.splitlines())) <= 100
 
 
-def test_version(fips):
-    import fips_nb
-    assert fips("--version") == (0, f"fips_nb {fips_nb.__version__}\n", "")
+def test_help_names_the_methods_of_the_package(fips):
+    said = " ".join(fips("compress --help")[1].split()).replace("- ", "-")  # of words broken at a hyphen
+    assert f"{', '.join(['rounding', *PRESETS])} (default: rounding, and with --params fips-als)" in said
 
 
-# ---- bad input ----
-
-@pytest.mark.parametrize("words, said", [
-    ("compress demo-vti", "nearest are demo-vit"),
-    ("compress vit_tiny_patch16_22 --calib x", "vit_tiny_patch16_224"),
-    ("compress vit_tiny_patch16_224.none --calib x", "augreg_in21k_ft_in1k"),
-    ("compress ./no_dir --calib x", "no folder ./no_dir"),
-    ("compress demo-vit --budget 0", "outside (0, 1]"),
-    ("compress demo-vit --budget 1.5", "outside (0, 1]"),
-    ("compress demo-vit --budget -1", "outside (0, 1]"),
-    ("compress demo-vit --budget nan", "outside (0, 1]"),
-    ("compress demo-vit --budget half", "'half' is no number; write it like 0.5"),
-    ("compress demo-vit --budget 1e-5", "smallest possible"),
-    ("compress demo-vit --budget .001 --preset svd", "smallest possible"),
-    ("compress demo-vit --sparsity 1.0", "outside [0, 1)"),
-    ("compress demo-vit --sparsity -.1", "outside [0, 1)"),
-    ("compress demo-vit --preset svd --sparsity .5", "needs fit='als'"),
-    ("compress demo-vit --preset fisp", "there are rounding, fips-als, "),
-    ("compress demo-vit --preset fips", "unknown preset 'fips'; there are rounding, fips-als, "),
-    ("compress demo-vit --preset sparse", "unknown preset 'sparse'; there are rounding, fips-als, "),
-    ("compress demo-vit --group-size 0", "less than 1"),
-    ("compress demo-vit --group-size some", "'auto', 'all' or 'stage'"),
-    ("compress demo-vit --n-calib 0", "less than 1"),
-    ("compress demo-vit --batch-size 0", "less than 1"),
-    ("compress demo-vit --distill-epochs -1", "less than 0"),
-    ("compress demo-vit --match-epochs 1", "unrecognized arguments"),
-    ("compress demo-vit --dtype int8", "float16"),
-    ("compress demo-vit --device moon", "'moon' cannot be used"),
-    ("compress demo-vit --calib nowhere", "no folder nowhere"),
-    ("compress demo-vit --weights nowhere", "no weights file nowhere"),
-    ("compress demo-vit --stream", "--distill-epochs 0"),
-    ("compress vit_tiny_patch16_224", "--calib FOLDER"),
-    ("compress demo-vit --budgets .5", "unrecognized arguments"),
-    ("eval vit_tiny_patch16_224", "--data FOLDER"),
-    ("eval some/where", "no folder"),
-    ("eval demo-vti", "nearest are demo-vit"),
-    ("info nowhere", "no folder nowhere"),
-    ("bench nowhere/there/x", "no folder"),
-    ("bench demo-vit --batch 0", "less than 1"),
-    ("", "required"),
-    ("shrink x", "invalid choice"),
-])
-def test_bad_words(fips, words, said):
-    words = words.split()
-    refused(fips(*words, *(["--out", "x"] if words[:1] == ["compress"] else [])), said)
+def test_version(fips): assert fips("--version") == (0, f"fips_nb {fips_nb.__version__}\n", "")
 
 
-def test_bad_calibration_folders(fips, tmp_path):
-    def run(d):
-        return fips("compress", "demo-vit", "--out", "x", "--calib", d, *QUICK)
-    (tmp_path/"empty").mkdir()
-    refused(run("empty"), "no images in empty")
-    (tmp_path/"gone").mkdir()
-    (tmp_path/"gone/labels.csv").write_text("file,label\n77.png,1\n")
-    refused(run("gone"), "77.png")
-    for i in range(20):
-        picture(tmp_path/"some"/f"{i:02}.png", i)
-    for i in range(3):
-        (tmp_path/"some"/f"{i:02}.png").write_bytes(b"x")
-    refused(run("some"), "3 of the first 20 images are unreadable", "00.png")
-    (tmp_path/"some/00.png").unlink()
-    (tmp_path/"some/01.png").unlink()
-    status, out, err = run("some")
-    err = without_news(err)
-    assert status == 0 and err.startswith("fips: warning: left out 1 of 18 images")
-    assert err.count("\n") == 1
+def test_debug_shows_the_traceback(fips, monkeypatch):
+    monkeypatch.setenv("FIPS_DEBUG", "1")
+    _, _, err = fips("info nowhere")
+    assert "Traceback" in err and err.splitlines()[-1].startswith("fips: error: ")
 
 
-@pytest.mark.parametrize("change, said", [
-    (lambda sd: sd.pop("blocks.3.mlp.fc1.weight"), "1 keys missing (blocks.3.mlp.fc1.weight)"),
-    (lambda sd: sd.update(more=torch.ones(1)), "1 keys unexpected (more)"),
-    (lambda sd: sd.update({"norm.bias": torch.ones(3)}), "norm.bias (3,) instead of (40,)"),
-    (lambda sd: sd["blocks.2.mlp.fc2.weight"].fill_(float("nan")), "blocks.2.mlp.fc2"),
-    (lambda sd: sd["blocks.1.attn.qkv.weight"].fill_(float("inf")), "blocks.1.attn.qkv"),
-])
-def test_broken_weights(fips, change, said):
-    sd = demo_vit().state_dict()
-    change(sd)
-    save_file(sd, "w.safetensors")
-    words = ["compress", "demo-vit", "--out", "x", "--weights", "w.safetensors", *QUICK]
-    refused(fips(*words), said)
+# ---- folders that exist, interruption, full disks, two runs at once ----
 
-
-def test_files_that_are_no_weights(fips):
-    Path("text.pt").write_text("hello")
-    Path("text.safetensors").write_text("hello")
-    torch.save([1, 2], "list.pt")
-    torch.save(demo_vit(), "model.pt")
-    for f, said in (("text.pt", "text.pt"), ("text.safetensors", "cannot be read as safetensors"),
-                    ("list.pt", "no state dict"), ("model.pt", "state_dict()")):
-        refused(fips("eval", "demo-vit", "--weights", f), said)
-
-
-def test_model_without_mlps(fips, tiny):
-    save_file(timm.create_model("resnet18").state_dict(), "r.safetensors")
-    words = ["--weights", "r.safetensors", "--calib", tiny/"images"]
-    refused(fips("compress", "resnet18", "--out", "x", *words), "no MLP blocks in ResNet")
-
-
-def test_labels_outside_the_classes(fips, tmp_path):
-    for i in range(12):
-        picture(tmp_path/"images"/f"{i:02}"/"a.png", i)
-    said = "label 11 is outside the model's classes 0..9"
-    refused(fips("eval", "demo-vit", "--data", "images"), said)
-
-
-def test_data_without_labels(fips, tmp_path):
-    picture(tmp_path/"images/a.png")
-    refused(fips("eval", "demo-vit", "--data", "images"), "no labels")
-
-
-def test_download_without_network(fips, tiny, monkeypatch):
-    import socket
-
-    from huggingface_hub import constants
-
-    def none(*a, **k):
-        raise socket.gaierror("no network")
-    monkeypatch.setattr(socket, "getaddrinfo", none)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    for k in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "HF_ENDPOINT"):
-        monkeypatch.delenv(k, raising=False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", "none")
-    t = time.perf_counter()
-    words = ["compress", "vit_tiny_patch16_224", "--out", "x", "--calib", tiny/"images"]
-    refused(fips(*words), "--weights")
-    assert time.perf_counter() - t < 10
-
-
-# ---- folders that exist, interruption, full disks ----
-
-def test_output_that_exists(fips, monkeypatch):
-    words = ["compress", "demo-vit", "--out", "there", *QUICK]
-    monkeypatch.setattr(pipeline, "compress", None)  # refused before any work
-    Path("there").mkdir()
-    Path("there/mine.txt").write_text("mine")
-    refused(fips(*words), "--overwrite")
-    refused(fips(*words, "--overwrite"), "mine.txt")
-    Path("file").write_text("mine")
-    refused(fips("compress", "demo-vit", "--out", "file", "--overwrite"), "file")
-    Path("z.state").mkdir()
-    Path("z.state/a.safetensors").write_text("mine")
-    refused(fips("compress", "demo-vit", "--out", "z"), "z.state", "something else")
-    for f in ("there/mine.txt", "file", "z.state/a.safetensors"):
-        assert Path(f).read_text() == "mine"
-
-
-def test_a_plan_does_not_replace_other_files(fips):
-    Path("notes.csv").write_text("mine")
-    words = ["plan", "demo-vit", "--target-ratio", ".6", "--n-calib", "50", "--out"]
-    refused(fips(*words, "notes.csv"), "notes.csv", "no plan")
-    refused(fips(*words, "nowhere/plan.json"), "no folder")
-    assert Path("notes.csv").read_text() == "mine"
-
-
-def test_overwrite_replaces_a_model(fips):
-    words = ["compress", "demo-vit", "--out", "there", "--preset", "svd", *QUICK]
-    assert fips(*words)[0] == 0 and fips(*words)[0] == 2
-    before = json.loads(fips("info", "there", "--json")[1])
-    assert fips(*words, "--budget", ".3", "--overwrite")[0] == 0
-    assert json.loads(fips("info", "there", "--json")[1])["bytes"] < before["bytes"]
-    assert len(list(Path("there").iterdir())) == 4
+def test_overwrite_replaces_a_model(fips, short):
+    assert fips(f"{SVD} --out there")[0] == 0 and fips(f"{SVD} --out there")[0] == 2
+    before = fips.json("info there")
+    assert fips(f"{SVD} --params .6 --out there --overwrite")[0] == 0
+    assert fips.json("info there")["bytes"] < before["bytes"]
+    assert sorted(p.name for p in Path("there").iterdir()) == ["README.md", "config.json", "model.safetensors"]
 
 
 def stop_at(monkeypatch, n, error):
@@ -428,144 +265,155 @@ def stop_at(monkeypatch, n, error):
 
     def failing(*a, **k):
         calls.append(0)
-        if len(calls) == n:
-            raise error
+        if len(calls) == n: raise error
         return fit(*a, **k)
     monkeypatch.setattr(pipeline, "fit_plan", failing)
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    "The weights of a run that nothing stopped."
-    out = tmp_path_factory.mktemp("whole")/"whole"
-    words = ["compress", "demo-vit", "--out", str(out), "--group-size", "5", *QUICK]
-    assert cli.main(words) == 0
-    return load_file(out/"model.safetensors")
-
-
 FULL = OSError(errno.ENOSPC, "No space left on device")
+ALS = "compress demo-vit --n 40 --epochs 0 --method fips-als:split=linear,group_size=1,levels=2"  # four groups
 
 
 @pytest.mark.parametrize("error, status, said", [
     (KeyboardInterrupt(), 130, "interrupted"), (FULL, 1, "the disk is full")])
-def test_a_stopped_run_resumes_bit_for_bit(fips, whole, monkeypatch, error, status, said):
-    words = ["compress", "demo-vit", "--out", "x", "--group-size", "5", *QUICK]
+def test_a_stopped_run_resumes_bit_for_bit(fips, short, monkeypatch, error, status, said):
+    line = f"{ALS} --out x"
     with monkeypatch.context() as m:
         stop_at(m, 3, error)
-        got = fips(*words)
+        got = fips(line)
     err = without_news(got[2])
     assert got[:2] == (status, "") and said in err and err.count("\n") == 1
-    assert err.rstrip().endswith("go on with: fips " + " ".join(words) + " --resume")
+    assert err.rstrip().endswith(f"go on with: fips {line} --resume")
     kept = {p.name for p in Path("x.state").iterdir()}
     assert not Path("x").exists() and {"group-0.safetensors", "group-1.safetensors"} < kept
-    status, _, err = fips(*words, "--resume", "--budget", ".4")
+    status, _, err = fips(f"{line} --resume --params .6")
     assert status == 2 and "settings differ" in err
     with monkeypatch.context() as m:
         stop_at(m, 3, RuntimeError("only two groups were left to fit"))
-        assert fips(*words, "--resume")[0] == 0
-    assert not Path("x.state").exists()
-    got = load_file("x/model.safetensors")
-    assert got.keys() == whole.keys() and all(torch.equal(got[k], whole[k]) for k in whole)
+        assert fips(f"{line} --resume")[0] == 0
+    assert not Path("x.state").exists() and fips(f"{ALS} --out whole")[0] == 0
+    assert Path("x/model.safetensors").read_bytes() == Path("whole/model.safetensors").read_bytes()
+    status, _, err = fips(f"{line} --resume")
+    assert status == 0 and "x is complete; nothing is left to do" in err
 
 
-def test_an_interrupted_run_is_dropped_only_when_asked(fips, monkeypatch):
-    words = ["compress", "demo-vit", "--out", "x", "--preset", "svd", *QUICK]
+def test_a_stopped_rounding_resumes_bit_for_bit(fips, shorter, monkeypatch):
+    def stop(*a, **k): raise KeyboardInterrupt
+    line = f"{BITS} --epochs 1 --out"
     with monkeypatch.context() as m:
-        stop_at(m, 5, KeyboardInterrupt())
-        assert fips(*words)[0] == 130
+        m.setattr(code, "distill_codes", stop)
+        assert fips(f"{line} x")[0] == 130 and Path("x.state/codes.safetensors").exists()
+    with monkeypatch.context() as m:
+        m.setattr(code, "round_to_bytes", stop)  # not again
+        assert fips(f"{line} x --resume")[0] == 0
+    assert fips(f"{line} whole")[0] == 0
+    assert Path("x/model.safetensors").read_bytes() == Path("whole/model.safetensors").read_bytes()
+
+
+def test_an_interrupted_run_is_dropped_only_when_asked(fips, short, monkeypatch):
+    line = f"{SVD} --out x"
+    with monkeypatch.context() as m:
+        stop_at(m, 3, KeyboardInterrupt())
+        assert fips(line)[0] == 130
     Path("x.state/notes.txt").write_text("mine")
     held = sorted(p.name for p in Path("x.state").iterdir())
-    for other in ([], ["--seed", "1"]):
-        status, _, err = fips(*words, *other)
+    for other in ("", " --seed 1"):
+        status, _, err = fips(line + other)
         assert status == 2 and "holds an interrupted run" in err and "--resume" in err and "--overwrite" in err
     assert sorted(p.name for p in Path("x.state").iterdir()) == held
-    words.append("--overwrite")
     with monkeypatch.context() as m:
-        stop_at(m, 40, RuntimeError("boom"))
-        assert "RuntimeError: boom" in fips(*words)[2]  # all forty are fitted anew
-    assert fips(*words)[0] == 0
+        stop_at(m, 4, RuntimeError("boom"))
+        assert "RuntimeError: boom" in fips(f"{line} --overwrite")[2]  # all four are fitted anew
+    assert fips(f"{line} --overwrite")[0] == 0
     assert [p.name for p in Path("x.state").iterdir()] == ["notes.txt"]  # not ours, so it stays
 
 
-def test_resume_with_nothing_to_resume(fips):
-    words = ["compress", "demo-vit", "--out", "x", "--preset", "svd", "--resume", *QUICK]
-    status, out, err = fips(*words)
+def test_resume_with_nothing_to_resume(fips, short):
+    status, _, err = fips(f"{SVD} --out x --resume")
     assert status == 0 and "nothing to resume" in err
 
 
-def test_interrupted_while_saving_nothing_is_half_written(fips, monkeypatch):
-    def stop(*a, **k):
-        raise KeyboardInterrupt
-    words = ["compress", "demo-vit", "--out", "x", "--preset", "svd", *QUICK]
+def test_interrupted_while_saving_nothing_is_half_written(fips, short, monkeypatch):
+    def stop(*a, **k): raise KeyboardInterrupt
     with monkeypatch.context() as m:
         m.setattr(timm_folders, "write_tensors", stop)
-        assert fips(*words)[0] == 130
-    assert [p.name for p in Path(".").iterdir()] == ["x.state"]
-    assert fips(*words, "--resume")[0] == 0 and [p.name for p in Path(".").iterdir()] == ["x"]
+        assert fips(f"{SVD} --out x")[0] == 130
+    assert [p.name for p in Path().iterdir()] == ["x.state"]
+    assert fips(f"{SVD} --out x --resume")[0] == 0 and [p.name for p in Path().iterdir()] == ["x"]
 
 
-def test_debug_shows_the_traceback(fips, monkeypatch):
-    monkeypatch.setenv("FIPS_DEBUG", "1")
-    _, _, err = fips("info", "nowhere")
-    assert "Traceback" in err and err.splitlines()[-1].startswith("fips: error: ")
+HOLD = """import filelock
+with filelock.FileLock('x.state/.lock'): print(flush=True); input()"""
 
 
-# ---- other models ----
+def test_two_runs_at_once(fips, short):
+    "The second is told who runs, and leaves the first alone."
+    Path("x.state").mkdir()
+    Path("x.state/.holder").write_text("process 7 on a machine")
+    with subprocess.Popen([sys.executable, "-c", HOLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        other.stdout.readline()
+        status, out, err = fips(f"{SVD} --out x")
+        other.communicate("\n")
+    assert (status, out) == (2, "") and "x.state is in use by process 7 on a machine; wait until it has finished" in err
+    assert fips(f"{SVD} --out x")[0] == 0
 
-def test_a_timm_model_from_a_file(fips, tiny):
-    words = ["--weights", tiny/"w.safetensors", "--calib", tiny/"images", "--distill-epochs", "1"]
-    status, out, err = fips("compress", TINY, "--out", "x", *words, "--budget", ".6", "--json")
-    assert status == 0, err
-    said = json.loads(out)
-    assert .55 < said["mlp_budget"] <= .6 and said["n_calib"] == 14
-    assert hub.load("x").num_classes == 7
-    data = ["--data", tiny/"images", "--json"]
-    ev = json.loads(fips("eval", "x", "--weights", tiny/"w.safetensors", *data)[1])
-    assert ev["n"] == 14 and ev["dense"]["dense_bytes"] == said["dense_bytes"]
-    assert 0 <= ev["agreement"] <= 1
-    alone = json.loads(fips("eval", "x", *data)[1])
+
+# ---- other models, and data ----
+
+def test_a_timm_model_from_a_file(fips, tiny, short):
+    made = fips.json(f"compress {TINY} --out x --dense {tiny/'w.safetensors'} --data {tiny/'images'} --params .8 --method svd")
+    assert .79 < made["model_ratio"] <= .8 and made["n"] == 14 and hub.load("x").num_classes == 7
+    assert fips.json("info x")["source"] == dict(model=TINY, n=14, unit="images", dense="w.safetensors", data="images")
+    ev = fips.json(f"eval x --data {tiny/'images'} --dense {tiny/'w.safetensors'}")
+    assert ev["n"] == 14 and ev["dense"]["dense_bytes"] == made["dense_bytes"] and 0 <= ev["agreement"] <= 1
+    alone = fips.json(f"eval x --data {tiny/'images'}")
     assert alone["top1"] == ev["top1"] and "dense" not in alone
 
 
-def test_weights_of_another_format_and_wrapping(fips, tiny):
+def test_a_compressed_folder_is_compressed_further(fips, shorter):
+    "It is opened like any model; codes of factors keep their zeros."
+    picture(Path("images/a.png"))
+    fips.json("compress demo-vit --out factors --n 40 --method pruning:levels=2 --epochs 0")
+    fips.json("compress factors --out x --data images --bits 8 --epochs 0")
+    a, b = (factor_layers(hub.load(f)) for f in ("factors", "x"))
+    assert a.keys() == b.keys() and all((b[k].V[a[k].V == 0] == 0).all() for k in a)
+
+
+def test_weights_of_another_format_and_wrapping(fips, tiny, short):
     sd = load_file(tiny/"w.safetensors")
     torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in sd.items()}}, "w.pth")
-    words = ["eval", TINY, "--data", tiny/"images", "--json", "--weights"]
-    a, b = (json.loads(fips(*words, w)[1]) for w in (tiny/"w.safetensors", "w.pth"))
+    a, b = (fips.json(f"eval {TINY} --data {tiny/'images'} --dense {w}") for w in (tiny/"w.safetensors", "w.pth"))
     assert a["loss"] == b["loss"] and a["n"] == 14
 
 
-def test_a_vision_model_is_planned_and_exported(fips, tiny):
-    words = ["--n-calib", "80", "--batch-size", "8", "--target-ratio", ".6", "--levels", "10"]
-    status, out, err = fips("compress", "demo-vit", *words, "--distill-epochs", "0",
-                            "--out", "small", "--json")
-    assert status == 0, err
-    out = json.loads(out)
-    assert out["model_ratio"] <= .6 and out["plan"]["trials"]
-    assert json.loads(fips("info", "small", "--json")[1])["config"]["levels"] == 10
-    status, text, err = fips("export", "small", "--out", "dense")
-    assert status == 0 and "plain weights" in text, err
-    model = demo_vit(pretrained=False)
-    model.load_state_dict(load_file("dense/model.safetensors"))
-    x = demo_images("test")[0][:4]
-    torch.testing.assert_close(model(x), hub.load("small")(x), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.skipif(not DATA, reason="FIPS_NB_DATA is not set")
-def test_the_real_model_becomes_smaller(fips):
-    words = ["--weights", f"{DATA}/vit_tiny/vit_tiny_patch16_224.safetensors", "--calib",
-             f"{DATA}/imagenet_calib", "--preset", "svd", "--n-calib", "16"]
-    status, out, err = fips("compress", "vit_tiny_patch16_224", *words, "--out", "x", "--json")
-    said = json.loads(out)
-    assert (status, without_news(err)) == (0, "")
-    assert said["bytes"] < .72*said["dense_bytes_16"] and said["mlp_budget"] <= .5
-    assert hub.load("x")(torch.zeros(1, 3, 224, 224)).shape == (1, 1000)
-
-
-def test_eval_says_which_classes_it_takes_a_few_folders_for(fips, tiny):
+def test_eval_says_which_classes_it_takes_a_few_folders_for(fips, tiny, short):
     for i in range(6): picture(Path(f"few/{'cat' if i % 2 else 'dog'}/{i}.png"), i)
-    words = ["eval", TINY, "--weights", tiny/"w.safetensors", "--data"]
-    status, out, err = fips(*words, "few")
+    line = f"eval {TINY} --dense {tiny/'w.safetensors'} --data"
+    status, out, err = fips(f"{line} few")
     assert status == 0, err
     assert "the 2 classes of the data are taken for the first of the model's 7" in " ".join(out.split())
-    assert "taken for" not in fips(*words, tiny/"images")[1]
+    assert "taken for" not in fips(f"{line} {tiny/'images'}")[1]
+
+
+def test_an_unreadable_image_is_left_out_with_a_warning(fips, short):
+    for i in range(18): picture(Path(f"some/{i:02}.png"), i)
+    Path("some/02.png").write_bytes(b"x")
+    status, _, err = fips("compress demo-vit --out x --data some --method svd")
+    assert status == 0 and without_news(err).startswith("fips: warning: left out 1 of 18 images")
+    assert without_news(err).count("\n") == 1
+
+
+def test_download_without_network(fips, tiny, monkeypatch):
+    import socket
+
+    from huggingface_hub import constants
+
+    def none(*a, **k): raise socket.gaierror("no network")
+    monkeypatch.setattr(socket, "getaddrinfo", none)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for k in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "HF_ENDPOINT"): monkeypatch.delenv(k, raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "none")
+    t = time.perf_counter()
+    status, out, err = fips(f"compress vit_tiny_patch16_224 --out x --data {tiny/'images'}")
+    assert (status, out) == (2, "") and err.count("\n") == 1 and "pass a file of them with --dense" in err
+    assert time.perf_counter() - t < 10 and not list(Path().iterdir())

@@ -21,6 +21,8 @@ from fips_nb.share.pipeline import compress
 from fips_nb.round.rounding import Codes
 from fips_nb.sparse_factors import FactorLinear
 
+pytestmark = pytest.mark.usefixtures("timed_once")
+
 
 def by_hand(module, limit=7, big=()):
     "Codes for all matrices of `module`, put into it; codes at `big` are larger than 8 bits."

@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from small import first_blocks, put_codes
+from small import blank_picture, first_blocks, put_codes
 from torch import nn
 
 from fips_nb.store import codes, state, timm_folders
@@ -27,7 +27,11 @@ from fips_nb.share.report import size_report
 from fips_nb.sparse_factors import factor_layers, factorize, topk_mask
 from fips_nb.svd_init import svd_init
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "timed_once", "blank_pictures")
+
+
+@pytest.fixture
+def blank_pictures(monkeypatch): monkeypatch.setattr("fips_nb.store.cards.plot_layers", blank_picture)
 
 
 @pytest.fixture(scope="module")
@@ -520,8 +524,9 @@ def test_cards(packed, tmp_path):
     same(load(m), load(tmp_path/"n")) # and it may say what it likes
 
 
-def test_pictures(packed, tmp_path):
+def test_pictures(packed, tmp_path, monkeypatch):
     "The same model gives the same picture, which counts in no size and is replaced only if nobody else drew it."
+    monkeypatch.undo() # they are drawn here
     m = save(packed, tmp_path/"m")
     drawn = (m/"layers.png").read_bytes()
     assert "](layers.png)" in (m/"README.md").read_text() and len(drawn) < 30_000
@@ -624,7 +629,8 @@ def test_truncated_and_altered(folder):
 
 
 @pytest.mark.parametrize("change,match", [
-    (dict(version=VERSION + 1), "upgrade"), (dict(version="2"), "no format version"),
+    (dict(version=VERSION + 1), "newer fips_nb"), (dict(version=VERSION - 1), "compress the model again"),
+    (dict(version="6"), "no format version"), (dict(version=None), "no format version"),
     (dict(format="gguf"), "saved by fips_nb"), (dict(rest="8bit"), "8bit"),
     (dict(arch="hf-hub:someone/something"), "no architecture"), (dict(arch="vit_tini"), "nearest"),
     (dict(model_args=dict(checkpoint_path="x.pth")), "checkpoint_path"),

@@ -13,6 +13,7 @@ from fips_nb.sparse_factors import factor_layers, factorize, to_dense
 from fips_nb.share.statistics import collect_moments, feed, layer_metric, moment_bytes
 from fips_nb.share.streaming import Visit, block_names, memory_advice, share_tensors
 
+pytestmark = pytest.mark.usefixtures('one_thread', 'timed_once')
 SIZE = dict(vocab_size=96, hidden_size=32, intermediate_size=80, num_hidden_layers=3,
             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
             pad_token_id=0, bos_token_id=1, eos_token_id=2)

@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.usefixtures("one_thread", "timed_once"),
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning",
                                "ignore:Attempting to save a model with offloaded modules")]
 
@@ -814,7 +814,7 @@ def first_linear(**kw): return lambda c, q: q["groups"][0]["linears"][0].update(
 
 
 @pytest.mark.parametrize("change,match", [
-    (lambda c, q: q.update(version=99), "version 99.*upgrade fips_nb"),
+    (lambda c, q: q.update(version=99), "version 99.*newer fips_nb"),
     (first_linear(name="model.layers.0.mlp.gate"), "gate"), (move_layers, "x.model"),
     (first_linear(shape=7), r"linears\[0\].shape is 7"),
     (first_linear(role="sideways"), "sideways"),

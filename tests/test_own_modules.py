@@ -24,7 +24,7 @@ from fips_nb.store.hub import export, load, save
 from fips_nb.share.pipeline import compress
 from fips_nb.sparse_factors import factor_layers, factorize
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "timed_once")
 WORDS = torch.randint(0, 40, (64, 8), generator=torch.Generator().manual_seed(0))
 
 
@@ -238,7 +238,7 @@ def nan(t, c): t["blocks.0.norm.bias"][0] = torch.nan
     (table("scale", shape=[2**31 - 1]*64), "instead of"), (lambda t, c: c["tensors"].pop("scale"), "no place"),
     (entry(arch="demo-vit"), "arch"), (entry(module=""), "module"), (entry(tied={"x": "y"}), "cannot be tied"),
     (entry(shared={"blocks.2.mlp.0": "blocks.1.norm"}), "cannot be shared"), (entry(transposed=["x"]), "there is no x"),
-    (entry(coded=["embed.weight"]), "missing"), (entry(version=VERSION + 1), "upgrade"), (nan, "NaN"),
+    (entry(coded=["embed.weight"]), "missing"), (entry(version=VERSION + 1), "newer fips_nb"), (nan, "NaN"),
     (linear(role="down"), "is a linear"), (linear(name="blocks.9.mlp.0"), "no linear layer|cannot be shared"),
     (lambda t, c: c.pop("module"), "arch"), (lambda t, c: t.pop("fips.0.V"), "missing")])
 def test_hostile_folders(change, match, folder):

@@ -16,7 +16,7 @@ from fips_nb.share.forecast import expected_operations, expected_seconds
 from fips_nb.sparse_factors import Schedule, factor_layers, to_dense
 from fips_nb.share.statistics import collect_moments
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "timed_once")
 
 EXACT = dict(dtype=torch.float32)
 PLAIN = dict(levels=1, distill_epochs=0, dtype=torch.float32)

@@ -16,7 +16,7 @@ from fips_nb.share.planner import (Plan, allocate, dense_size, error_curve, make
 from fips_nb.sparse_factors import factor_layers
 from fips_nb.store.state import digest
 
-pytestmark = pytest.mark.usefixtures('one_thread')
+pytestmark = pytest.mark.usefixtures('one_thread', 'timed_once')
 SIZES = {'parameters': planned_parameters, 'bytes': planned_bytes}
 
 

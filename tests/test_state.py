@@ -12,7 +12,7 @@ from fips_nb.sparse_factors import factor_layers
 from fips_nb.store.state import Progress, digest, open_state, read_meta, read_run, write_tensors
 from fips_nb.share.statistics import collect_moments
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "timed_once") # so that forwards can be counted
 
 
 class Stop(KeyboardInterrupt): pass
@@ -61,12 +61,6 @@ def check_resumed(run, model, before, whole, state):
     assert same(bits(whole.model), bits(again.model))
     assert all(written(p) == t for p, t in done.items()) # nothing was done twice
     assert without_seconds(whole.report) == without_seconds(again.report)
-
-
-@pytest.fixture(autouse=True)
-def timed_once(monkeypatch):
-    "Forecasts run what they time once, so that forwards can be counted."
-    monkeypatch.setattr("fips_nb.share.forecast.seconds_of", lambda f, *args: (f(), .01)[1])
 
 
 @pytest.mark.parametrize("preset", CASES)

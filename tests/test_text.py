@@ -595,8 +595,8 @@ def stories():
 
 @real
 def test_real_perplexity(stories):
-    """A row of notebook 04c, and the figure that came with the data: blank lines, whole windows
-    only, 512 tokens counted in each."""
+    """A row of the page Perplexity, and the figure that came with the data: blank lines, whole
+    windows only, 512 tokens counted in each."""
     m, t = stories
     first = documents(Path(DATA)/"text/tinystories_eval.txt")[:100]
     got = perplexity(m, t, first)

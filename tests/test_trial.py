@@ -21,11 +21,11 @@ def test_trial(words):
 
 
 def shorter():
-    "The trial on six blocks of the demo, at steps found in a short search, with one error for each call."
-    import matplotlib.figure # so that no child imports it, nor what `small` does
-    from small import first_blocks
-    with patch("fips_nb.data.demo.demo_vit", lambda pretrained=True: first_blocks(6)), \
-         patch("fips_nb.round.sizes.SPARE_BYTES", .5):
+    "The trial on few blocks of the demo, at steps found in a short search, with one error for each call."
+    from small import blank_picture, first_blocks # here, so that no child imports what they need
+    n = 6 if "folders" in sys.argv else 3
+    with patch("fips_nb.data.demo.demo_vit", lambda pretrained=True: first_blocks(n)), \
+         patch("fips_nb.store.cards.plot_layers", blank_picture), patch("fips_nb.round.sizes.SPARE_BYTES", .5):
         import trial
         trial.ERRORS = (errno.ENOSPC,) # no code of the package asks which
         return trial.main()

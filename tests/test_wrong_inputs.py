@@ -104,6 +104,13 @@ def traps(home, demos, tmp_path_factory):
     return root
 
 
+def contents(root): return {p: (p.stat().st_size, p.stat().st_mtime_ns) for p in root.rglob("*")}
+
+
+@pytest.fixture(scope="module")
+def untouched(traps): return contents(traps)
+
+
 # ---- the table: a command, and a part of the one sentence that it gets ----
 
 CASES = """
@@ -363,9 +370,6 @@ def test_the_table_has_a_sentence_for_each_command_once():
     assert len(set(lines)) == len(lines) and all(len(said) > 12 for _, said in TABLE)
 
 
-def contents(root): return {p: (p.stat().st_size, p.stat().st_mtime_ns) for p in root.rglob("*")}
-
-
 def check_spelling(said, line):
     "Every option that is named is one of the command."
     known = {a for c in cli._parser()._subparsers._group_actions[0].choices.items() if line.startswith(c[0])
@@ -375,16 +379,15 @@ def check_spelling(said, line):
 
 
 @pytest.mark.parametrize("line, part", TABLE)
-def test_wrong_input(line, part, traps, monkeypatch, capsys):
+def test_wrong_input(line, part, traps, untouched, monkeypatch, capsys):
     monkeypatch.chdir(traps)
-    before = contents(traps)
     status = cli.main(shlex.split(line))
     out, err = capsys.readouterr()
     said = [s for s in err.splitlines() if not s.startswith("fips: compressing ")]  # the news before a size is refused
     assert status == 2 and out == "" and len(said) == 1 and said[0].startswith("fips: error: "), err
     assert part in said[0], said[0]
     check_spelling(said[0], line)
-    assert contents(traps) == before
+    assert contents(traps) == untouched
 
 
 # ---- the same in Python ----
@@ -443,13 +446,12 @@ CALLS = [
 
 
 @pytest.mark.parametrize("name, args, how, part", CALLS, ids=lambda v: v if isinstance(v, str) else None)
-def test_wrong_call(name, args, how, part, traps, monkeypatch):
+def test_wrong_call(name, args, how, part, traps, untouched, monkeypatch):
     import fips_nb
     monkeypatch.chdir(traps)
-    before = contents(traps)
     with pytest.raises(ValueError) as e: getattr(fips_nb, name)(*args, **how)
     assert part in (said := str(e.value)) and "\n" not in said and "--" not in said, said
-    assert contents(traps) == before
+    assert contents(traps) == untouched
 
 
 def test_a_module_that_was_compiled(traps):

@@ -8,7 +8,6 @@ __all__ = ['one_line', 'check_name', 'new_model', 'read_weights', 'load_weights'
            'text_batches', 'caption_batches', 'read_batches']
 
 # %% ../../nbs/data/models.ipynb #11-003
-import dataclasses
 import difflib
 import inspect
 import os

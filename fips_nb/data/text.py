@@ -356,7 +356,8 @@ class TextBatches:
         given = torch.is_tensor(source)
         if given and source.dim() == 2: length = length or source.shape[1]
         self.model,self.batch_size,self.length = model, batch_size, window_length(model, length)
-        tokens = given_tokens(source, how.bos) if given else self._read(source, tokenizer, n, seed, how)
+        if given: tokens = given_tokens(source, how.bos)
+        else: tokens = self._read(source, tokenizer, n, seed, how)
         if model is not None: check_tokens(model, tokens)
         check_same_length(tokens, self.length)
         if tokens.dim() == 2: self.windows = _pick_rows(tokens, n, seed)

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 from ..sparse_factors import Pruner, Schedule, factor_layers
 from ..share.statistics import feed, padding_mask
-from .training import Course, Judge, cosine, learning, mean_loss, precision
-from .training import split_batches, train
+from .training import (Course, Judge, cosine, learning, mean_loss, precision,
+                                    split_batches, train)
 
 # %% ../../nbs/learn/distillation.ipynb #03a-c010
 def factor_parameters(

@@ -8,7 +8,7 @@ __all__ = ['LOSSES', 'VIEWS', 'MASKS', 'MIXUP', 'CUTMIX', 'STATES', 'STAIRS', 'R
            'finetune', 'tuning_seconds', 'new_head']
 
 # %% ../../nbs/learn/finetuning.ipynb #03g-003
-import contextlib, copy, math, sys
+import contextlib, copy, sys
 from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,8 @@ from ..grouping import find_modules
 from ..share.forecast import Run, seconds_of
 from ..sparse_factors import Pruner, Schedule, factor_layers
 from ..share.statistics import feed, first_tensor
-from .training import Course, Judge, batch_order, learning, mean_loss, precision
-from .training import split_batches, train
+from .training import (Course, Judge, batch_order, learning, mean_loss, precision,
+                                    split_batches, train)
 
 # %% ../../nbs/learn/finetuning.ipynb #03g-010
 LOSSES = ('outputs', 'labels', 'both', 'blocks')

@@ -12,10 +12,8 @@ from pathlib import Path
 import torch
 from torch import nn
 from .accuracy import accuracy, output_similarity
-from ..data.text import PairBatches, Protocol, TextBatches
-from .perplexity import cosine_similarity, pair_perplexity
-from .perplexity import perplexity
-from ..data.text import reads_pairs, vocabulary_size
+from ..data.text import PairBatches, Protocol, TextBatches, reads_pairs, vocabulary_size
+from .perplexity import cosine_similarity, pair_perplexity, perplexity
 
 # %% ../../nbs/measure/evaluation.ipynb #04e-c020
 _IMAGES = "ImageBatches(find_images(source), transform_for(model)) from fips_nb.data.images"

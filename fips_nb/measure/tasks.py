@@ -66,7 +66,7 @@ def _open_for_tasks(model, tokenizer, how):
 
 # %% ../../nbs/measure/tasks.ipynb #06-067
 def evaluate_tasks(
-    model, # of transformers, or its folder (if compressed: import fips_nb.store.transformers_folders)
+    model, # of transformers, or its folder
     tokenizer, # of Hugging Face; None takes the folder's own
     tasks:list, # names of tasks
     progress:bool=False, # show lm-eval's bars on stderr

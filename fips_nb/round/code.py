@@ -15,15 +15,13 @@ from ..grouping import features_last
 from ..sparse_factors import FactorLinear
 from ..share.statistics import feed
 from ..learn.augmentation import augment, augment_notes, augment_seconds, views
-from .rounding import Codes
-from .rounding import code_bits, round_weight, steps_of
+from .rounding import Codes, code_bits, round_weight, steps_of
 from ..learn.distillation import Distillation, Teacher, loss_kind
 from ..share.budgets import check_names, operations_limit
 from ..store.state import Progress, digest, fingerprint, open_state
 from ..share.streaming import memory_advice, settle, share_tensors
 from ..share.report import Compressed
-from ..share.forecast import Run, check_model, forward_seconds, seconds_of
-from ..share.forecast import step_seconds
+from ..share.forecast import Run, check_model, forward_seconds, seconds_of, step_seconds
 from ..learn.finetuning import Objective, tuning_seconds
 from .entropy import Coded, encode
 from .sizes import (Rounded, Rounder, SAMPLE, check_bytes, dense_params, matrix_of,

@@ -253,21 +253,6 @@ def measure_costs(
     costs = {p.name: _cost(model, p, feelers.sums, n) for p in parts}
     return {k: c for k,c in costs.items() if c is not None}
 
-# %% ../../nbs/round/costs.ipynb #04h-06l
-def _lend(model, parts, costs):
-    "Give factors that no output depends on the mean cost of the others: groups are coded whole."
-    for p in parts:
-        path,name = p.uses[0]
-        if p.name in costs or not isinstance(model.get_submodule(path), FactorLinear): continue
-        like = [c for k,c in costs.items() if k.endswith(f'.{name}')]
-        if not like: continue
-        turned = name == 'U' or model.get_submodule(path).role == 'up'
-        n,m = p.shape if turned else p.shape[::-1]
-        mean = lambda ts: sum(t.mean().item() for t in ts)/len(ts)
-        full = lambda size, ts: torch.full((size,), mean(ts), device=ts[0].device)
-        C = torch.diag(full(n, [c.C.diagonal() for c in like]))
-        costs[p.name] = Cost(C, full(m, [c.g for c in like]), turned)
-
 # %% ../../nbs/round/costs.ipynb #04h-06y
 def _watch(mixture, rows):
     "Hooks that count in `rows` what each expert of `mixture` reads."
@@ -342,6 +327,20 @@ def expert_notes(
     return notes
 
 # %% ../../nbs/round/costs.ipynb #04h-06u
+def _lend(model, parts, costs):
+    "Give factors that no output depends on the mean cost of the others: groups are coded whole."
+    for p in parts:
+        path,name = p.uses[0]
+        if p.name in costs or not isinstance(model.get_submodule(path), FactorLinear): continue
+        like = [c for k,c in costs.items() if k.endswith(f'.{name}')]
+        if not like: continue
+        turned = name == 'U' or model.get_submodule(path).role == 'up'
+        n,m = p.shape if turned else p.shape[::-1]
+        mean = lambda ts: sum(t.mean().item() for t in ts)/len(ts)
+        full = lambda size, ts: torch.full((size,), mean(ts), device=ts[0].device)
+        C = torch.diag(full(n, [c.C.diagonal() for c in like]))
+        costs[p.name] = Cost(C, full(m, [c.g for c in like]), turned)
+
 def complete_costs(
     model:nn.Module, # dense or factorised
     parts:list, # from find_parts

@@ -10,8 +10,8 @@ import dataclasses, math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .rounding import BIT_PRICE, Codes, SPAN, class_numbers, class_range
-from .rounding import class_tables, steps_of
+from .rounding import (BIT_PRICE, Codes, SPAN, class_numbers, class_range,
+                                    class_tables, steps_of)
 from ..learn.distillation import Distillation, Teacher
 from ..learn.training import Course, Judge, check_loss, learning, split_batches, train
 from ..share.forecast import Run

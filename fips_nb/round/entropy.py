@@ -9,8 +9,8 @@ __all__ = ['LANES', 'encode', 'Stream', 'Coded']
 import struct
 import numpy as np
 import torch
-from .rounding import Codes, SPAN, Table, TOTAL, class_numbers, class_range
-from .rounding import class_tables, code_bits, law_shares, steps_of
+from .rounding import (Codes, SPAN, Table, TOTAL, class_numbers, class_range,
+                                    class_tables, law_shares, steps_of)
 from ..sparse_kernels import library
 
 # %% ../../nbs/round/entropy.ipynb #04g-008

@@ -123,6 +123,7 @@ class Integers(nn.Module):
     def columns(self): return self.c.view(torch.float32)
     def extra_repr(self): return f'{self.q.shape[1]}, {self.q.shape[0]}'
 
+# %% ../../nbs/round/modes.ipynb #14c99dde
 class Int8Linear(Integers):
     "A linear layer."
     def forward(self, x):
@@ -181,13 +182,14 @@ def _check_held(model, mode):
                          "them")
     if mode != 'dense' and (layers := factor_layers(model)):
         raise ValueError(f"{next(iter(layers))} of this {name} has factors, which run by sparse "
-                         f"kernels and not as {mode}: fips_nb.speed.packing.optimize and pack choose "
-                         "them")
+                         f"kernels and not as {mode}: optimize and pack of "
+                         "fips_nb.speed.packing choose them")
     kinds = {p.device.type for p in model.parameters()}
     if mode == 'int8' and kinds != {'cpu'}:
         where = ', '.join(sorted(kinds))
         raise ValueError(f"the mode int8 is for CPUs, and the model is on {where}")
 
+# %% ../../nbs/round/modes.ipynb #02ce29a5
 def _not_saved(*args, **kwargs):
     "Refuse to write what nothing could read."
     raise ValueError("a model that is held as int8 or coded cannot be saved; load its folder again "

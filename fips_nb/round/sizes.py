@@ -13,8 +13,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 from ..sparse_factors import factor_layers
-from .rounding import Codes
-from .rounding import round_weight, triangular
+from .rounding import Codes, round_weight, triangular
 from .entropy import encode
 from .costs import Part, SMALL, find_parts
 

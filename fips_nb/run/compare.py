@@ -58,6 +58,7 @@ def _named(text, e):
     named = said.startswith('method=')
     return ValueError(said.removeprefix('method=') if named else f'{text}: {said}')
 
+# %% ../../nbs/run/compare.ipynb #d654a311
 def _read_settings(texts, shared):
     "Text -> setting, of at least two that differ."
     if isinstance(texts, str) or len(texts) < 2:

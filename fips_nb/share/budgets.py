@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from ..svd_init import BudgetTooSmall, rank_for_budget
-from ..grouping import Group, auto_group, factor_bytes, find_modules, group_modules
-from ..grouping import linear_size
+from ..grouping import (Group, auto_group, factor_bytes, find_modules, group_modules,
+                              linear_size)
 from ..blockwise_opt import fit_operations
 
 # %% ../../nbs/share/budgets.ipynb #03b-007

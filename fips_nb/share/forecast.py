@@ -19,11 +19,10 @@ import torch
 from torch import nn
 from ..grouping import features_last
 from .statistics import feed, first_tensor
-from ..learn.distillation import Teacher
+from ..learn.distillation import Teacher, loss_kind
 from ..learn.training import learning
-from ..learn.distillation import loss_kind
-from .budgets import Config, can_distill, check_names, check_plan, configure
-from .budgets import (distill_operations, operations_limit, plan_groups,
+from .budgets import (Config, can_distill, check_names, check_plan, configure,
+                                   distill_operations, operations_limit, plan_groups,
                                    planned_operations)
 from .streaming import share_tensors
 

@@ -20,13 +20,12 @@ from tqdm.auto import tqdm
 from ..svd_init import svd_init
 from ..grouping import find_modules, weights
 from ..sparse_factors import Schedule, factor_layers, factorize
-from .statistics import calibration_notes, collect_moments
-from .statistics import layer_metric
+from .statistics import calibration_notes, collect_moments, layer_metric
 from ..blockwise_opt import Solver, adaptive_ranks, fit_group, fit_svd, group_error
 from ..learn.distillation import Distillation, distill_blocks, distill_outputs
 from .budgets import Config, GroupPlan
-from ..store.state import Progress, State, fingerprint, hash_tensors, open_state
-from ..store.state import moments_to_tensors, tensors_to_moments
+from ..store.state import (Progress, State, fingerprint, hash_tensors, open_state,
+                                 moments_to_tensors, tensors_to_moments)
 from .streaming import (Visit, block_names, cut_runs, memory_advice, settle,
                                      share_tensors)
 from .report import Compressed, layer_bytes, size_report

@@ -27,10 +27,10 @@ from ..store.disk import replacing
 from ..store.schema import Name, Positive, Size, conform, read_json, unique
 from ..store.state import digest
 from .streaming import Visit, block_names, share_tensors
-from .forecast import LEVEL, OVERHEAD, Run, count_rows, expected_operations
+from .forecast import (LEVEL, OVERHEAD, Run, count_rows, expected_operations,
+                                    forward_seconds, measured_rate)
 from .pipeline import compress
 from .report import facts_table
-from .forecast import forward_seconds, measured_rate
 
 # %% ../../nbs/share/planner.ipynb #03f-c009
 def _counter(count):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOST_DECODED', 'decoded', 'check_compressed', 'codes_of', 'check_decoded', 'factor_names', 'whole_groups',
-           'stored_values', 'coded_record', 'version_of', 'shard_files', 'folder_bytes', 'file_parts', 'dense_bytes']
+           'stored_values', 'coded_record', 'shard_files', 'folder_bytes', 'file_parts', 'dense_bytes']
 
 # %% ../../nbs/store/codes.ipynb #07-003
 import math
@@ -74,7 +74,7 @@ def check_decoded(
         raise ValueError(f"its codes would decode to {n:,} values, and its files have "
                          f"{nbytes:,} bytes")
 
-# %% ../../nbs/store/codes.ipynb #07-c08g
+# %% ../../nbs/store/codes.ipynb #6646a669
 def factor_names(
     layers:dict, # name -> FactorLinear, with one basis or none
 ) -> list:
@@ -101,7 +101,7 @@ def stored_values(
     plain = [g for g,w in zip(groups, whole) if not w]
     return dtype or (value_dtype_of(plain, exact) if plain else None)
 
-# %% ../../nbs/store/codes.ipynb #07-c08h
+# %% ../../nbs/store/codes.ipynb #5a8681a3
 def coded_record(
     layers:dict, # name -> FactorLinear, with one basis or none
     **more, # entries of the group
@@ -110,12 +110,6 @@ def coded_record(
     dtype = next(iter(layers.values())).V.dtype
     linears = [linear_record(name, f, dtype) for name,f in layers.items()]
     return group_record(layers, dtype, linears) | more
-
-def version_of(
-    groups:list, # records of groups
-) -> int: # of the format
-    "The first version of the format that has what `groups` tell of."
-    return 4 if any(is_coded(g, 'the records') for g in groups) else 3
 
 # %% ../../nbs/store/codes.ipynb #07-067
 def shard_files(

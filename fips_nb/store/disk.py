@@ -9,7 +9,6 @@ __all__ = ['LOCK', 'HOLDER', 'HOUR', 'sync', 'replacing', 'is_temporary', 'hold'
 # %% ../../nbs/store/disk.ipynb #02c-003
 import contextlib
 import ctypes
-import json
 import os
 import platform
 import re
@@ -17,7 +16,6 @@ import secrets
 import shutil
 import stat
 import sys
-import tempfile
 import time
 import warnings
 from datetime import datetime

@@ -28,8 +28,7 @@ from .schema import Count, Name, Size, conform, read_json, unique
 from .cards import CARD, PICTURE, is_own
 
 # %% ../../nbs/store/format.ipynb #07-044
-FORMAT, VERSION = 'fips_nb', 5 # of the folder; 1 had no 16-bit rest, 2 no codes,
-# 3 no coded factors, 4 no modules of one's own
+FORMAT, VERSION = 'fips_nb', 6 # of the folder, and no other is read
 
 FILES = re.compile(
     r'model(-\d{5}-of-\d{5})?\.safetensors|(tokenizer|spiece|sentencepiece\.bpe)\.model|'
@@ -134,10 +133,10 @@ class LayerGroupEntry(GroupPart):
 class _Any(msgspec.Struct):
     "What both kinds say."
     version:Annotated[int, Meta(ge=0)] # of the format
-    rest:Literal['16bit', 'keep'] = 'keep' # how everything outside the factors is stored
-    report:dict|None = None # how the model was made
-    coded:Annotated[list[Name], Meta(max_length=2**20)] = [] # parameters that are stored as codes
-    fips_nb:str = '' # version of the package that wrote it
+    rest:Literal['16bit', 'keep'] # how everything outside the factors is stored
+    report:dict|None # how the model was made
+    coded:Annotated[list[Name], Meta(max_length=2**20)] # parameters that are stored as codes
+    fips_nb:str # version of the package that wrote it
 
 class _File(_Any, kw_only=True):
     "A folder of one weights file."
@@ -154,7 +153,7 @@ class _Own(_File, kw_only=True):
     model_args:dict[Name,Any]
     pretrained_cfg:dict[Name,Any]
     dtype:Dtype # of the model
-    own:list[Name] = [] # tensors of another dtype than the model's
+    own:list[Name] # tensors of another dtype than the model's
 
 class TensorEntry(msgspec.Struct):
     "A tensor outside the factors, as it was in the module."
@@ -275,9 +274,12 @@ def check_version(
 ):
     "Refuse a version that this package does not read."
     if type(version) is not int: raise ValueError(f"{source} has no format version: {version!r}")
+    if version < VERSION:
+        raise ValueError(f"{source} has format version {version}, written before fips_nb 0.2.0, "
+                         "which no release was: compress the model again")
     if version > VERSION:
-        raise ValueError(f"{source} has format version {version}, and fips_nb {__version__} "
-                         f"reads up to {VERSION}; upgrade fips_nb")
+        raise ValueError(f"{source} has format version {version}, which needs a newer fips_nb than "
+                         f"{__version__}; upgrade fips_nb")
 
 def _description(config):
     "What `config` of a transformers model says of the factors, with the keys of other folders."
@@ -303,13 +305,13 @@ def read_config(
         config, kind = _description(config), _Theirs
     if not isinstance(config, dict) or config.get('format') != FORMAT:
         raise ValueError(f"{f} does not describe a model saved by fips_nb")
-    check_version(config.get('version', 0), folder)
+    check_version(config.get('version'), folder)
     conform(config, kind, f)
-    unique(config.get('coded', ()), f, 'the coded parameter')
-    check_groups(config['groups'], f, config.get('coded', ()))
-    if not config['groups'] and not config.get('coded'):
+    unique(config['coded'], f, 'the coded parameter')
+    check_groups(config['groups'], f, config['coded'])
+    if not config['groups'] and not config['coded']:
         raise ValueError(f"{f} tells of no factors and of no codes")
-    return config | dict(rest=config.get('rest', 'keep'))
+    return config
 
 # %% ../../nbs/store/format.ipynb #07-c072
 def header(

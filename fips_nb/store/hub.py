@@ -17,10 +17,9 @@ from .state import write_tensors
 from ..share.report import Compressed
 from . import own_modules, timm_folders
 from .cards import CARD, HUB_NAME, PICTURE, card, picture
-from .format import check_target
+from .format import check_target, read_config, swap_in
 from .codes import dense_bytes, folder_bytes
 from .values import dtype_name, main_dtype
-from .format import read_config, swap_in
 from ..round.modes import check_mode, hold_as
 
 # %% ../../nbs/store/hub.ipynb #07-086

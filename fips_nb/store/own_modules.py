@@ -14,15 +14,10 @@ from torch import nn
 from ..grouping import linear_size
 from .schema import Name, conform
 from ..sparse_factors import FactorLinear, factor_layers
-from .format import VERSION, TensorEntry, check_claims
-from .values import all_finite
-from .codes import check_compressed
-from .codes import check_decoded, decoded
-from .format import coded_factors
+from .format import (TensorEntry, check_claims, coded_factors, header, refusing)
+from .values import all_finite, dtype_name, dtype_named
+from .codes import check_compressed, check_decoded, decoded
 from ..round.sizes import coded_name
-from .values import dtype_name
-from .values import dtype_named
-from .format import header, refusing
 from .timm_folders import (check_file, group_claims, group_factors, pack_model,
                                         write_files)
 
@@ -156,7 +151,7 @@ def write(
              for k,t in own.items()}
     packed,about,error = pack_model(model, alone, made.tied, dtype, rest)
     layers = factor_layers(model)
-    head = dict(version=VERSION, arch=None, module=type(model).__name__, tensors=tensors,
+    head = dict(arch=None, module=type(model).__name__, tensors=tensors,
                 shared=made.shared, transposed=[n for n,f in layers.items() if f.kind != nn.Linear])
     about = {k: about[k] for k in ('rest', 'tied', 'groups', 'coded')}
     return write_files(model, folder, (packed, about, error), head, report)
@@ -171,7 +166,7 @@ def _wanted(config):
 
 def _check_contents(folder, config, want):
     "Refuse a folder whose entries contradict each other, or the header of its file."
-    names, coded = header(folder/'model.safetensors'), config.get('coded', ())
+    names, coded = header(folder/'model.safetensors'), config['coded']
     factors = coded_factors(config['groups'], coded, 'config.json')
     twice = {f'{n}.{k}' for n in want.linears for k in ('U', 'V', 'weight')} & want.tensors.keys()
     if twice: raise ValueError(f"{sorted(twice)[0]} is a factor and a tensor")
@@ -199,7 +194,7 @@ def _as_it_was(name, t, dtype, rest):
 def _decode(folder, config, want):
     "Factor layers without biases, all other tensors, and codes."
     stored = load_file(folder/'model.safetensors')
-    codes = {k: stored.pop(coded_name(k)).clone() for k in config.get('coded', ())}
+    codes = {k: stored.pop(coded_name(k)).clone() for k in config['coded']}
     factors,tensors = {}, {}
     for record,U,Vs in group_factors(config['groups'], stored, codes):
         basis = None if U is None else nn.Parameter(U)

@@ -22,23 +22,15 @@ from .. import __version__
 from ..grouping import linear_size
 from ..sparse_factors import factor_class, factor_layers
 from .state import read_meta, write_tensors
-from .format import FORMAT, bounded_build, check_claims
-from .values import all_finite
-from .codes import check_compressed, check_decoded
-from .values import check_finite
-from .format import check_nonzeros, check_tables, header
-from .values import dtype_name, dtype_named
-from .format import coded_factors
+from .format import (FORMAT, VERSION, bounded_build, check_claims,
+                                  check_nonzeros, check_tables, coded_factors, factor_shapes,
+                                  header, is_coded, refusing)
+from .values import (all_finite, check_finite, dtype_name, dtype_named, group_record,
+                                  in_order, layer_groups, linear_record, main_dtype, outside,
+                                  pack_values, store_rest, unpack_values)
+from .codes import (check_compressed, check_decoded, coded_record, codes_of, decoded,
+                                 stored_values, whole_groups)
 from ..round.sizes import coded_name
-from .codes import coded_record, codes_of, decoded
-from .format import factor_shapes, is_coded
-from .values import group_record, in_order, layer_groups
-from .values import linear_record, main_dtype, outside, pack_values
-from .format import refusing
-from .values import store_rest, unpack_values
-from .codes import stored_values, version_of
-from .format import swap_in
-from .codes import whole_groups
 
 # %% ../../nbs/store/timm_folders.ipynb #07-023
 def pack_group(
@@ -300,7 +292,7 @@ def write_files(
     folder.mkdir(parents=True, exist_ok=True)
     path, description = folder/'model.safetensors', folder/'config.json'
     write_tensors(path, tensors, format='pt')
-    head = dict(format=FORMAT, fips_nb=__version__) | head
+    head = dict(format=FORMAT, version=VERSION, fips_nb=__version__) | head
     check = dict(bytes=path.stat().st_size, sha256=_sha256(path))
     config = head | check | about | dict(report=report)
     description.write_text(json.dumps(config, indent=1, default=str) + '\n')
@@ -321,8 +313,7 @@ def write(
     check_compressed(model)
     made, fresh = origin(model, arch, model_args)
     packed = pack_model(model, *_rest(model, fresh), dtype, rest)
-    head = dict(version=version_of(packed[1]['groups'])) | made
-    return write_files(model, folder, packed, head, report)
+    return write_files(model, folder, packed, made, report)
 
 # %% ../../nbs/store/timm_folders.ipynb #416f6d9b
 def check_file(
@@ -376,8 +367,8 @@ def _claims(model, config, names):
     for k,v in tied.items():
         if k not in rest or v not in rest or v in tied or rest[k].shape != rest[v].shape:
             raise ValueError(f"{k} cannot be tied to {v}")
-    factors = coded_factors(config['groups'], config.get('coded', ()), 'config.json')
-    for k in (coded := set(config.get('coded', ()))):
+    factors = coded_factors(config['groups'], config['coded'], 'config.json')
+    for k in (coded := set(config['coded'])):
         if k not in rest | factors or k in tied:
             raise ValueError(f"{k} is coded, and the model has no such parameter")
     want |= {coded_name(k): None for k in coded}
@@ -394,7 +385,7 @@ def blueprint(
     check_tables(model, nbytes)
     for record in config['groups']: _place(model, record, names)
     check_claims(_claims(model, config, names), names, 'model.safetensors')
-    check_decoded({k: model.get_parameter(k).shape for k in config.get('coded', ())}, nbytes)
+    check_decoded({k: model.get_parameter(k).shape for k in config['coded']}, nbytes)
     return model
 
 # %% ../../nbs/store/timm_folders.ipynb #07a-c042
@@ -455,7 +446,7 @@ def group_factors(
 # %% ../../nbs/store/timm_folders.ipynb #07-059
 def _widened(name, t, config):
     "The tensor as the model had it: rounded ones in its dtype, aligned, as sums depend on it."
-    rounded = config['rest'] == '16bit' and name not in config.get('own', ())
+    rounded = config['rest'] == '16bit' and name not in config['own']
     if rounded and t.is_floating_point() and t.dtype.itemsize == 2:
         return t.to(dtype_named(config['dtype']))
     return t.clone()
@@ -475,15 +466,14 @@ def read(
             model = build(config).to(dtype_named(config['dtype']))
             for record in config['groups']: _place(model, record, names)
         tensors = load_file(path)
-        codes = {k: tensors.pop(coded_name(k)).clone() for k in config.get('coded', ())}
+        codes = {k: tensors.pop(coded_name(k)).clone() for k in config['coded']}
         for made in group_factors(config['groups'], tensors, codes): _fill_group(model, *made)
         rest = {k: _widened(k, t, config) for k,t in tensors.items()}
         factors = coded_factors(config['groups'], codes, path)
         for k in codes.keys() - factors.keys():
             p = model.get_parameter(k)
             rest[k] = decoded(codes[k], p.shape, p.dtype, k)
-        own = rest if config['version'] == 1 else config.get('own', ())
-        _fill(model, rest, config['tied'], own)
+        _fill(model, rest, config['tied'], config['own'])
     model.fips_config = config
     if codes: model.fips_codes = codes
     return model.to(device).eval()

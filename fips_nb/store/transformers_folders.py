@@ -20,11 +20,12 @@ from functools import cache
 from pathlib import Path
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import (AUTO_QUANTIZATION_CONFIG_MAPPING,
+                                          AUTO_QUANTIZER_MAPPING, register_quantization_config,
+                                          register_quantizer)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 from .. import __version__
@@ -32,27 +33,15 @@ from ..grouping import linear_size
 from .schema import Name, conform, parse_json, read_json, unique
 from ..sparse_factors import FactorLinear, factor_class, factor_layers, to_dense
 from ..share.report import Compressed
-from .format import FILES, VERSION, LayerGroupEntry, bounded_build
-from .values import all_finite
-from .format import check_claims
-from .codes import check_compressed, check_decoded
-from .format import check_depth, check_groups
-from .values import check_finite
-from .format import check_nonzeros, check_tables
-from .values import check_rest
-from .format import check_target, check_version
-from .values import dtype_name, dtype_named
+from .format import (FILES, VERSION, LayerGroupEntry, bounded_build, check_depth,
+                                  check_groups, check_nonzeros, check_tables, check_target,
+                                  check_version, is_coded, header, read_config, refusing, swap_in)
+from .values import (all_finite, check_finite, check_rest, dtype_name, dtype_named,
+                                  group_record, in_order, layer_groups, linear_record, outside,
+                                  pack_values, store_rest, unpack_values)
+from .codes import (check_compressed, check_decoded, coded_record, codes_of, decoded,
+                                 factor_names, shard_files, stored_values, whole_groups)
 from ..round.sizes import coded_name
-from .codes import coded_record, codes_of, decoded, factor_names
-from .values import group_record, in_order, layer_groups, linear_record
-from .format import is_coded
-from .format import header, read_config, refusing
-from .values import outside, pack_values
-from .codes import shard_files
-from .values import store_rest, unpack_values
-from .codes import stored_values
-from .format import swap_in
-from .codes import version_of, whole_groups
 
 # %% ../../nbs/store/transformers_folders.ipynb #10-009
 def _pack_layer(name, f, dtype, first):
@@ -493,7 +482,7 @@ def _packed_state(quantizer, model):
     values = stored_values(groups, whole, quantizer.values, exact)
     packed, config.groups = pack_layers(groups, values, whole)
     config.coded = list(codes)
-    config.fips_nb, config.version = __version__, version_of(config.groups)
+    config.fips_nb, config.version = __version__, VERSION
     model.config.quantization_config = config
     state = rest | packed | _guard(groups, codes)
     check_decoded({k: model.get_parameter(k).shape for k in codes},
