@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LinearSpec', 'ModuleSpec', 'linear_size', 'stored_weight', 'features_last', 'find_experts', 'find_modules',
-           'find_mlps', 'Group', 'group_modules', 'weights', 'mask_bits', 'factor_bytes', 'predict_error', 'auto_group']
+           'find_mlps', 'Group', 'group_modules', 'weights', 'mask_bits', 'factor_bytes']
 
 # %% ../nbs/01_grouping.ipynb #01-003
 import difflib, math
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 import torch
 from torch import nn
-from .svd_init import BudgetTooSmall, orient, rank_for_budget, svd_init
+from .svd_init import orient
 
 # %% ../nbs/01_grouping.ipynb #01-007
 @dataclass(frozen=True)
@@ -293,49 +293,3 @@ def factor_bytes(
     "Bytes of a group: dense `U`, non-zeros of `V`, their positions at the entropy of the masks."
     positions = sum(mask_bits(n, N) for n,N in zip(nnz, entries))
     return math.ceil(bits/8*(d*r + sum(nnz)) + positions/8)
-
-# %% ../nbs/01_grouping.ipynb #01-037
-def predict_error(
-    Ws:list, # weights (d, h_i)
-    p:float, # budget
-    s:float, # sparsity of V
-    n_cols:int=512, # columns to code
-    steps:int=30, # of iterative hard thresholding
-    seed:int=0, # of the sample and the atoms
-) -> float: # relative squared error
-    "Error of sampled columns of `Ws`, coded in the initial dictionary that the budget allows."
-    W = torch.cat(Ws, 1)
-    r = rank_for_budget(p, *W.shape, s)
-    U,_ = svd_init(Ws, r, seed=seed)
-    g = torch.Generator().manual_seed(seed)
-    X = W[:,torch.randperm(W.shape[1], generator=g)[:n_cols].to(W.device)] # (d, n_cols)
-    k = max(1, round((1-s)*r))
-    step = 1/torch.linalg.matrix_norm(U, 2)**2
-    V = U.new_zeros(r, X.shape[1])
-    for _ in range(steps): # Blumensath and Davies 2008
-        V = V + step*U.T@(X - U@V)
-        V = V*(V.abs() >= V.abs().topk(k, dim=0).values[-1])
-    return ((X - U@V).pow(2).sum()/X.pow(2).sum().clamp_min(1e-30)).item()
-
-# %% ../nbs/01_grouping.ipynb #01-038
-def auto_group(
-    model:nn.Module, # dense model
-    modules:list, # from find_modules
-    p:float, # budget
-    s:float, # sparsity of V
-    sizes:tuple=(1, 2, 3, 4, 6, 8, 12, 16, 24), # candidates, blocks per group
-    seed:int=0, # of the predictions
-) -> tuple[int,dict]: # the best size, predicted error of each candidate
-    "Choose the group size whose initial dictionary predicts the least error under the budget."
-    longest = max(Counter(_run_key(m) for m in modules).values())
-    out,least = {}, math.inf
-    for B in sorted({min(B, longest) for B in sizes}):
-        groups = group_modules(modules, B)
-        try: errors = [predict_error(weights(model, g), p, s, seed=seed) for g in groups]
-        except BudgetTooSmall as e:
-            least = min(least, e.least)
-            continue
-        dense = [g.d*g.H for g in groups]
-        out[B] = sum(e*n for e,n in zip(errors, dense))/sum(dense)
-    if out: return min(out, key=out.get), out
-    raise BudgetTooSmall(f"budget {p} is too small for one basis vector at any group size", least)

@@ -47,20 +47,20 @@ def demos(tmp_path_factory):
 
 
 def shorten(monkeypatch, blocks):
-    "Let the demo have few blocks, folders no picture, a file a tenth less than was asked for, and take no time."
+    "Let the demo have few blocks, and folders no picture; no time is measured, and a file may be half of what was asked for."
     from small import first_blocks
     monkeypatch.setattr("fips_nb.data.demo.demo_vit", lambda pretrained=True: first_blocks(blocks))
     monkeypatch.setattr("fips_nb.store.hub.picture", lambda config: None)
-    monkeypatch.setattr("fips_nb.round.sizes.SPARE_BYTES", .1)
+    monkeypatch.setattr("fips_nb.round.sizes.SPARE_BYTES", .5)
     monkeypatch.setattr("fips_nb.run.evaluate.latency", lambda models, *_: [1.5]*len(models))
 
 
 @pytest.fixture
-def short(monkeypatch): shorten(monkeypatch, 2)
+def short(monkeypatch, timed_once): shorten(monkeypatch, 2)
 
 
 @pytest.fixture
-def shorter(monkeypatch): shorten(monkeypatch, 1)
+def shorter(monkeypatch, timed_once): shorten(monkeypatch, 1)
 
 
 @pytest.fixture

@@ -94,13 +94,13 @@ def test_a_size_of_the_file(fips, size):
 
 
 def test_people_read_the_same_figures(fips):
-    status, out, _ = fips(f"compare demo-vit {PRUNED} svd-llm basis-sharing:group_size=auto --budget 1e-3 "
+    status, out, _ = fips(f"compare demo-vit {PRUNED} svd-llm basis-sharing:group_size=all --budget 1e-3 "
                           "--n-calib 40")
     assert status == 0
     assert max(map(len, out.splitlines())) <= 100
     table, said = out.split("\n\n")
     assert [line.split()[0] for line in table.splitlines()] == [
-        "setting", PRUNED, "svd-llm", "basis-sharing:group_size=auto"]
+        "setting", PRUNED, "svd-llm", "basis-sharing:group_size=all"]
     assert table.splitlines()[2].split()[1:] == ["-"]*7
     assert table.count("*") == 1
     assert "svd-llm could not be made: " in said and "0.9862" in said

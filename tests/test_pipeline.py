@@ -140,13 +140,6 @@ def test_group_sizes(case):
     check_budget(res, model)
 
 
-def test_automatic_group_size_is_one_of_the_sizes():
-    model, bs = vit(depth=4), images()
-    run = lambda size: compress(model, bs, .5, group_size=size, **PLAIN)
-    auto = run("auto")
-    assert same(bits(auto.model), bits(run(len(sets(auto)[0])).model))
-
-
 def test_stage_separates_what_width_does_not():
     model = vit(depth=4)
     stages = (nn.Sequential(*bs) for bs in (model.blocks[:2], model.blocks[2:]))
@@ -322,15 +315,6 @@ def test_weights_that_are_zero(which, preset):
     if PRESETS[preset].fit == "blocks": return
     for n, f in factor_layers(res.model).items():
         if n.endswith(which): assert f.weight.abs().max() < 1e-6
-
-
-def test_zero_weights_do_not_stop_the_automatic_grouping():
-    model = make()
-    with torch.no_grad():
-        for n, p in model.named_parameters():
-            if ".mlp." in n: p.zero_()
-    res = compress(model, images(), group_size="auto", **PLAIN)
-    assert res.report["mlp_budget"] <= .5
 
 
 NEED_DATA = [dict(preset="fips-als", levels=1), dict(preset="fips-paper", block_steps=3),

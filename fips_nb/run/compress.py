@@ -64,7 +64,7 @@ def _planned(request, o, targets, state):
 # %% ../../nbs/run/compress.ipynb #82c7a814
 def _flat(request, o, cfg):
     "What each group becomes under one budget for all."
-    try: return plan_groups(request.model, cfg, request.budget, o.filter_fn, seed=o.seed)
+    try: return plan_groups(request.model, cfg, request.budget, o.filter_fn)
     except BudgetTooSmall as e:
         if o.params is None: raise
         raise ValueError(f"params={o.params:g} leaves too little for the linears: {e}") from e

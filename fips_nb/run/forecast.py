@@ -36,7 +36,7 @@ def factors_ahead(
     settings = settings_of(request, o)
     cfg,run = read_settings(o.method.name, settings, how.get('plan'))
     size = how.get('budget'), how.get('plan')
-    plans,_ = choose_plans(request.model, cfg, *size, o.filter_fn, o.seed)
+    plans,_ = choose_plans(request.model, cfg, *size, o.filter_fn)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # the run itself will say what is left out
         cfg,_,seconds = look_ahead(request.model, request.batches, plans, cfg, run, settings)

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from ..svd_init import BudgetTooSmall, rank_for_budget
-from ..grouping import (Group, auto_group, factor_bytes, find_modules, group_modules,
-                              linear_size)
+from ..grouping import Group, factor_bytes, find_modules, group_modules, linear_size
 from ..blockwise_opt import fit_operations
 
 # %% ../../nbs/share/budgets.ipynb #03b-007
@@ -27,7 +26,7 @@ class Config:
     targets:str = 'mlp' # what is compressed: 'mlp', 'attn' or 'all', see find_modules
     basis:str = 'shared' # 'shared', or 'none': no basis is stored (unstructured pruning)
     split:str = 'none' # what shares a basis within a group, see group_modules
-    group_size:int|str|list = 12 # blocks per group, 'all', 'stage', 'auto' or lists of names
+    group_size:int|str|list = 12 # blocks per group, 'all', 'stage' or lists of names
     sparsity:float|None = None # share of zeros in V; None takes 1 - budget/6
     metric:str = 'input' # of the layer-wise error, see layer_metric
     fit:str = 'als' # 'als' (fit_group), 'svd' (fit_svd) or 'blocks' (distill_blocks)
@@ -191,14 +190,12 @@ def plan_groups(
     cfg:Config, # method
     budget:float, # share of the targeted weights' parameters to keep
     filter_fn:Callable|None=None, # keeps a module where it is true, see find_modules
-    seed:int=0, # of the sample for group_size 'auto'
 ) -> list: # of GroupPlan
     "Groups of `model`, with the ranks and densities that meet `budget`."
     if not 0 < budget <= 1: raise ValueError(f"budget {budget} is outside (0, 1]")
     modules = find_modules(model, cfg.targets, filter_fn)
-    s,size = _sparsity(cfg, budget), cfg.group_size
-    if size == 'auto': size = auto_group(model, modules, budget, s, seed=seed)[0]
-    groups = group_modules(modules, size, cfg.split)
+    s = _sparsity(cfg, budget)
+    groups = group_modules(modules, cfg.group_size, cfg.split)
     if cfg.basis == 'none':
         _check_pattern_budget(cfg.pattern, budget)
         return [GroupPlan(g, 0, (budget,)*len(g.linears)) for g in groups]

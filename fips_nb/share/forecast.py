@@ -105,10 +105,9 @@ def choose_plans(
     budget:float, # share of the targeted weights' parameters to keep
     plan=None, # list of GroupPlan, or a Plan of the planner; instead of budget
     filter_fn:Callable|None=None, # see find_modules
-    seed:int=0, # see plan_groups
 ) -> tuple[list,float]: # GroupPlans, and the budget that they amount to
     "The plan of every group."
-    if plan is None: return plan_groups(model, cfg, budget, filter_fn, seed), budget
+    if plan is None: return plan_groups(model, cfg, budget, filter_fn), budget
     if hasattr(plan, 'groups'): plan.check(model)
     plans = list(getattr(plan, 'groups', plan))
     return plans, check_plan(model, plans)

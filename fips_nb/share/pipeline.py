@@ -293,7 +293,7 @@ def compress(
     check_model(model)
     cfg,run = read_settings(preset, settings, plan)
     if iter(batches) is batches: batches = list(batches)
-    plans,budget = choose_plans(model, cfg, budget, plan, filter_fn, run.seed)
+    plans,budget = choose_plans(model, cfg, budget, plan, filter_fn)
     cfg,notes,expected = look_ahead(model, batches, plans, cfg, run, settings)
     depends = {}
     if run.state is not None: depends = fingerprint(model, **_depends_on(plans, cfg, run, budget))

@@ -313,7 +313,7 @@ def random_factors(
 ) -> nn.Module: # model, fit to be timed and for nothing else
     "Give `model` random factors of the shapes and densities that compressing it to `budget` would."
     g = torch.Generator().manual_seed(seed)
-    for plan in plan_groups(model, configure(preset, **overrides), budget, seed=seed):
+    for plan in plan_groups(model, configure(preset, **overrides), budget):
         group,r = plan.group, plan.rank
         U = (torch.randn(group.d, r, generator=g)/max(r, 1)**.5).half() if r else None
         Vs = []
