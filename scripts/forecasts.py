@@ -6,7 +6,7 @@
 Each run has a process of its own, so that whatever is slower the first time counts. What was promised is what the
 line before the start says, and what was taken counts from that line on: reading data comes before it. A plan has a
 line of its own; there the promises add up, and the time counts from the first. The rows go to
-`results/09_forecasts.json`; notebook 09_commands shows them.
+`results/09_forecasts.json`; notebook run/forecast shows them.
 """
 import argparse
 import json
@@ -22,37 +22,37 @@ from fips_nb.measure.records import record
 
 DATA = Path(os.environ.get("FIPS_NB_DATA", "."))
 WHERE = {
-    "stories260k": ("stories260k", dict(calib="text/tinystories_calib.txt")),
-    "vit_tiny_patch16_224": (None, dict(weights="vit_tiny/vit_tiny_patch16_224.safetensors", calib="imagenet_calib")),
-} # of a model that is not in the package: its folder, and options with paths
+    "stories260k": ("stories260k", dict(data="text/tinystories_calib.txt")),
+    "vit_tiny_patch16_224": (None, dict(dense="vit_tiny/vit_tiny_patch16_224.safetensors", data="imagenet_calib")),
+} # of a model that is not in the package: its folder, and arguments with paths
 
 VIT, LLM, STORIES, TINY = "demo-vit", "demo-llm", "stories260k", "vit_tiny_patch16_224"
 RUNS = [ # about how many seconds, model, options
-    (1, STORIES, dict(preset="aafm", budget=.5, n_calib=64, window=128)),
-    (3, VIT, dict(preset="svd-llm", budget=.5)),
-    (3, VIT, dict(budget=.5, n_calib=200, levels=15, distill_epochs=0)),
-    (4, STORIES, dict(budget=.5, n_calib=64, window=128, levels=15, distill_epochs=1)),
-    (4, STORIES, dict(bits=6., n_calib=64, window=128, distill_epochs=0)),
-    (5, STORIES, dict(bits=3., n_calib=16, window=128, distill_epochs=1)),
-    (9, VIT, dict(bits=4., n_calib=200, distill_epochs=1)),
-    (10, VIT, dict(bits=2.5, n_calib=200, distill_epochs=0)),
-    (12, LLM, dict(bits=4., n_calib=8, distill_epochs=0)),
-    (15, LLM, dict(budget=.5, n_calib=16, levels=4, distill_epochs=0)),
-    (25, TINY, dict(bits=4., n_calib=8, distill_epochs=0)),
-    (30, VIT, dict(bits=3., preset="fips-als", budget=.4, n_calib=200, levels=10, distill_epochs=1)),
-    (30, VIT, dict(budget=.25)),
+    (1, STORIES, dict(method="aafm", n=64, window=128)),
+    (3, VIT, dict(method="svd-llm")),
+    (3, VIT, dict(method="fips-als:levels=15", n=200, epochs=0)),
+    (4, STORIES, dict(method="fips-als:levels=15", n=64, window=128, epochs=1)),
+    (4, STORIES, dict(bits=6., n=64, window=128, epochs=0)),
+    (5, STORIES, dict(bits=3., n=16, window=128, epochs=1)),
+    (9, VIT, dict(bits=4., n=200, epochs=1)),
+    (10, VIT, dict(bits=2.5, n=200, epochs=0)),
+    (12, LLM, dict(bits=4., n=8, epochs=0)),
+    (15, LLM, dict(method="fips-als:levels=4", n=16, epochs=0)),
+    (25, TINY, dict(bits=4., n=8, epochs=0)),
+    (30, VIT, dict(bits=3., params=.61, method="fips-als:levels=10,group_size=12", n=200, epochs=1)),
+    (30, VIT, dict(params=.51, method="fips-als:group_size=12")),
     (40, STORIES, dict(bits=4.)),
     (50, VIT, dict(bits=4.)),
-    (60, TINY, dict(budget=.5, n_calib=200, levels=10, distill_epochs=0)),
+    (60, TINY, dict(method="fips-als:levels=10", n=200, epochs=0)),
     (90, VIT, dict(bits=1.5)),
-    (120, LLM, dict(target_ratio=.8)),
-    (240, TINY, dict(bits=3., n_calib=200, distill_epochs=1)),
+    (120, LLM, dict(params=.8)),
+    (240, TINY, dict(bits=3., n=200, epochs=1)),
     (300, LLM, dict(bits=4.)),
 ]
 
 
 def one(name, options):
-    "Run `compress` here; seconds promised and taken, and those before the promise."
+    "Run `compress` here: seconds promised and taken, and those before the promise."
     folder, more = WHERE.get(name, (None, {}))
     more = {k: str(DATA/v) for k, v in more.items()}
     start, promises = time.perf_counter(), []

@@ -22,7 +22,7 @@ from transformers import MistralConfig, MistralForCausalLM, OPTConfig, OPTForCau
 from transformers import Phi3Config, Phi3ForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from fips_nb.store import hub, transformers_folders
+from fips_nb.store import conversions, hub, transformers_folders
 from fips_nb.store import codes
 from fips_nb.store.codes import dense_bytes, file_parts, folder_bytes, shard_files
 from fips_nb.store.values import layer_groups, narrow, outside, round_rest
@@ -32,7 +32,10 @@ from fips_nb.share.report import Compressed, size_report
 from fips_nb.share.pipeline import compress
 from fips_nb.sparse_factors import factor_layers, factorize, to_dense, topk_mask
 from fips_nb.svd_init import orient
-from fips_nb.store.transformers_folders import attach, checksum, lora_config, save_dense
+from fips_nb.store.lora import lora_config
+from fips_nb.store.plain import save_dense
+from fips_nb.store.shards import checksum, pack_layers
+from fips_nb.store.transformers_folders import attach
 
 ROOT = Path(__file__).resolve().parents[1]
 transformers.utils.logging.disable_progress_bar()
@@ -471,15 +474,15 @@ def test_ways_of_loading(kw, tmp_path):
 
 def test_one_basis_on_each_device():
     m = made("llama")
-    packed, records = transformers_folders.pack_layers(layer_groups(m), torch.float32)
+    packed, records = pack_layers(layer_groups(m), torch.float32)
     q = transformers_folders.FipsQuantizer(transformers_folders.FipsConfig(records))
     q.validate_environment(device_map={"model.layers.0": "cpu", "model.layers.1": "meta",
                                        "": "cpu"})
     with torch.device("meta"): blank = LlamaForCausalLM(m.config)
-    q.linears, q.bases = transformers_folders.replace_layers(blank, records)
+    q.linears, q.bases = conversions.replace_layers(blank, records)
     first = next(iter(q.bases))
     stored, name = {"U": [packed[f"{first}.fips.U"]]}, f"{first}.U"
-    bases = transformers_folders.ShareU(q).convert(stored, full_layer_name=name, model=blank)
+    bases = conversions.ShareU(q).convert(stored, full_layer_name=name, model=blank)
     assert len(bases) == 6 and len({id(p) for p in bases.values()}) == 2
     devices = {k.split(".")[2]: p.device.type for k, p in bases.items()}
     assert devices == {"0": "cpu", "1": "meta"}

@@ -20,7 +20,7 @@ from fips_nb.round.code import code_model
 from fips_nb.data.demo import demo_images, demo_vit
 from fips_nb.share.pipeline import compress
 from fips_nb.share.planner import Plan, make_plan
-from fips_nb.store.transformers_folders import checksum
+from fips_nb.store.shards import checksum
 
 PACKAGE = Path(hub.__file__).parents[1]
 

@@ -8,6 +8,8 @@ __all__ = ['ENDLESS', 'is_source', 'given_batches']
 # %% ../../nbs/data/calibration.ipynb #08b-004
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+import torch
+from ..share.statistics import first_tensor
 
 # %% ../../nbs/data/calibration.ipynb #08b-011
 def is_source(
@@ -25,7 +27,6 @@ ENDLESS = 1000 # rows that are taken of data without a length, if nobody says ho
 
 def _each(batch, f):
     "Apply `f` to the tensors of a batch."
-    import torch
     if torch.is_tensor(batch): return f(batch)
     if isinstance(batch, Mapping): return {k: _each(v, f) for k,v in batch.items()}
     if isinstance(batch, (tuple, list)): return type(batch)(_each(v, f) for v in batch)
@@ -33,7 +34,6 @@ def _each(batch, f):
 
 def _whole(data, batch_size):
     "Batches of one tensor, or of one dict of tensors."
-    from fips_nb.share.statistics import first_tensor
     n = len(first_tensor(data))
     odd = [k for k,v in data.items() if len(v) != n] if isinstance(data, Mapping) else []
     if odd: raise ValueError(f"{odd[0]!r} of the calibration data has {len(data[odd[0]])} rows, "
@@ -47,8 +47,6 @@ def given_batches(
     n:int|None=None, # rows to take; None takes all, and of what has no length ENDLESS
 ) -> tuple[list,int]: # batches, and rows in them
     "Make batches of data that need no reading."
-    import torch
-    from fips_nb.share.statistics import first_tensor
     if isinstance(data, Callable) and not isinstance(data, Iterable): data = data()
     if type(data).__module__ == 'numpy': data = torch.from_numpy(data)
     if torch.is_tensor(data) or isinstance(data, Mapping): data = _whole(data, batch_size)

@@ -10,6 +10,8 @@ import json
 from functools import cache
 from importlib.resources import files
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 # %% ../../nbs/data/demo.ipynb #08-005
 _ASSETS = files('fips_nb')/'assets'
@@ -18,8 +20,6 @@ def demo_vit(
     pretrained:bool=True, # load the trained weights; False leaves the random initial ones
 ) -> torch.nn.Module: # timm VisionTransformer in eval mode, 10 classes, inputs (n, 1, 8, 8)
     "Make the demo vision transformer."
-    from safetensors import safe_open
-    from safetensors.torch import load_file
     from timm.models.vision_transformer import VisionTransformer
     path = _ASSETS/'demo_vit.safetensors'
     with safe_open(path, 'pt') as f:
@@ -30,7 +30,6 @@ def demo_vit(
 # %% ../../nbs/data/demo.ipynb #08-006
 @cache
 def _digits():
-    from safetensors.torch import load_file
     return load_file(_ASSETS/'demo_digits.safetensors')
 
 def demo_images(

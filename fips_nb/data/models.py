@@ -11,6 +11,7 @@ __all__ = ['one_line', 'check_name', 'new_model', 'read_weights', 'load_weights'
 import difflib
 import inspect
 import os
+import socket
 import pickle
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,7 +50,6 @@ def check_name(
 # %% ../../nbs/data/models.ipynb #08a-c013
 def _spare_retries():
     "Tell huggingface_hub that there is no network, if there is none."
-    import socket
     from huggingface_hub import constants
     ways = ('HTTPS_PROXY', 'ALL_PROXY', 'HF_ENDPOINT')
     if any(k.upper() in ways for k in os.environ): return
@@ -214,7 +214,7 @@ class Processor:
 
     def save_pretrained(self, folder):
         "Write the files of the processor to `folder`, as a tokenizer does."
-        from fips_nb.store.transformers_folders import copy_files
+        from fips_nb.store.beside import copy_files
         if self.tokenizer is not None: self.tokenizer.save_pretrained(folder)
         copy_files(self.files or {}, Path(folder))
 
@@ -236,7 +236,7 @@ def open_processor(
 ) -> Processor:
     "Open the tokenizer and the image processor that data of `kind` need."
     from fips_nb.data.text import open_tokenizer
-    from fips_nb.store.transformers_folders import files_beside
+    from fips_nb.store.beside import files_beside
     return Processor(None if kind == 'images' else open_tokenizer(name),
                      _image_processor(name) if kind in ('images', 'captions') else None,
                      files_beside(name))

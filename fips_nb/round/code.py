@@ -17,7 +17,8 @@ from ..share.statistics import feed
 from ..learn.augmentation import augment, augment_notes, augment_seconds, views
 from .rounding import Codes, code_bits, round_weight, steps_of
 from ..learn.distillation import Distillation, Teacher, loss_kind
-from ..share.budgets import check_names, operations_limit
+from ..share.budgets import operations_limit
+from ..store.schema import check_names
 from ..store.state import Progress, digest, fingerprint, open_state
 from ..share.streaming import memory_advice, settle, share_tensors
 from ..share.report import Compressed
@@ -192,7 +193,7 @@ def coding_ahead(
     seconds,operations = coding_seconds(model, batches, epochs)
     if asked is not None or operations <= limit: return epochs, [], seconds
     note = (f"distillation is left out: {epochs} passes take {operations:.1e} operations, and the "
-            f"limit is {limit:.0e} here; distill_epochs={epochs} does them all the same")
+            f"limit is {limit:.0e} here; who asks for {epochs} by number gets them")
     return 0, [note], coding_seconds(model, batches, 0)[0]
 
 def _settings(settings):

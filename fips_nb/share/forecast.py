@@ -21,10 +21,11 @@ from ..grouping import features_last
 from .statistics import feed, first_tensor
 from ..learn.distillation import Teacher, loss_kind
 from ..learn.training import learning
-from .budgets import (Config, can_distill, check_names, check_plan, configure,
+from .budgets import (Config, can_distill, check_plan, configure,
                                    distill_operations, operations_limit, plan_groups,
                                    planned_operations)
 from .streaming import share_tensors
+from ..store.schema import check_names
 
 # %% ../../nbs/share/forecast.ipynb #03e-007
 @dataclass(frozen=True)
@@ -274,6 +275,6 @@ def limit_distillation(
     if can_distill(model, n_inputs, device, epochs): return cfg, []
     note = (f"distillation is left out: {epochs} passes take "
             f"{distill_operations(model, n_inputs, epochs):.1e} operations, and the limit is "
-            f"{operations_limit(device):.0e} here; distill_epochs={epochs} does them all the same")
+            f"{operations_limit(device):.0e} here; who asks for {epochs} by number gets them")
     warnings.warn(note)
     return dataclasses.replace(cfg, distill_epochs=0), [note]

@@ -21,10 +21,11 @@ from ..grouping import Group, LinearSpec, factor_bytes, find_modules, group_modu
 from .statistics import collect_moments, feed, moment_bytes
 from ..blockwise_opt import fit_bytes
 from ..learn.distillation import loss_kind, output_loss, predict
-from .budgets import (Config, GroupPlan, check_names, check_plan, operations_limit,
+from .budgets import (Config, GroupPlan, check_plan, operations_limit,
                                    planned_bytes, planned_operations, planned_parameters)
 from ..store.disk import replacing
-from ..store.schema import Name, Positive, Size, conform, read_json, unique
+from ..store.schema import (Name, Positive, Size, check_names, conform, read_json,
+                                  unique)
 from ..store.state import digest
 from .streaming import Visit, block_names, share_tensors
 from .forecast import (LEVEL, OVERHEAD, Run, count_rows, expected_operations,
@@ -200,7 +201,7 @@ def _from_json(g):
 
 def _parse(path):
     "The content of a plan's file, checked."
-    if not path.is_file(): raise ValueError(f"there is no plan {path}; `fips plan` makes one")
+    if not path.is_file(): raise ValueError(f"there is no plan {path}; make_plan(...).save(path) writes one")
     about = read_json(path)
     if not isinstance(about, dict) or about.pop('format', None) != 'fips_nb plan':
         raise ValueError(f"{path} is no plan of fips_nb")

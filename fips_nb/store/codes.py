@@ -17,7 +17,7 @@ from torch import nn
 from ..sparse_factors import factor_layers
 from ..round.entropy import Coded
 from ..round.costs import matrix_shape
-from .format import FILES, SPARE, is_coded, refusing
+from .format import FILES, SPARE, refusing
 from .values import all_finite, group_record, linear_record, outside, value_dtype_of
 
 # %% ../../nbs/store/codes.ipynb #07-c082

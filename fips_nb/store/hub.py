@@ -6,13 +6,13 @@
 __all__ = ['is_transformers', 'is_timm', 'save', 'load', 'export']
 
 # %% ../../nbs/store/hub.ipynb #07-003
-import difflib
 import json
 from pathlib import Path
 import torch
 from fastcore.basics import patch
 from torch import nn
 from ..sparse_factors import to_dense
+from .schema import check_names
 from .state import write_tensors
 from ..share.report import Compressed
 from . import own_modules, timm_folders
@@ -62,12 +62,9 @@ def _usable(model, options):
     "The options that are given, after a check that they mean something for `model`."
     kind = _kind(model)
     given = {k: v for k,v in options.items() if v is not None}
-    known = {k for names in _OPTIONS.values() for k in names}
-    for k in options:
-        if k not in known:
-            near = difflib.get_close_matches(k, known, 3, 0.)
-            raise ValueError(f"save has no option {k!r}; the nearest are {', '.join(near)}")
-        if k in given and k not in _OPTIONS[kind]:
+    check_names(options, dict.fromkeys(k for ks in _OPTIONS.values() for k in ks), 'option of save')
+    for k in given:
+        if k not in _OPTIONS[kind]:
             raise ValueError(f"{k} means nothing for a {type(model).__name__}, which is "
                              f"{_WHY[kind]}; leave it out")
     return given
@@ -184,7 +181,10 @@ def export(
     check_target(out)
     folder = Path(folder).expanduser()
     config = read_config(folder)
-    if 'model_type' in config: return _transformers_folders().save_dense(folder, out)
+    if 'model_type' in config:
+        _transformers_folders() # or says what is missing
+        from fips_nb.store.plain import save_dense
+        return save_dense(folder, out)
     own = config['arch'] is None
     state = own_modules.dense_state(folder, config) if own else to_dense(load(folder)).state_dict()
     with swap_in(out) as new:
