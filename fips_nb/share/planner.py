@@ -201,7 +201,8 @@ def _from_json(g):
 
 def _parse(path):
     "The content of a plan's file, checked."
-    if not path.is_file(): raise ValueError(f"there is no plan {path}; make_plan(...).save(path) writes one")
+    if not path.is_file():
+        raise ValueError(f"there is no plan {path}; make_plan(...).save(path) writes one")
     about = read_json(path)
     if not isinstance(about, dict) or about.pop('format', None) != 'fips_nb plan':
         raise ValueError(f"{path} is no plan of fips_nb")
