@@ -13,11 +13,11 @@ from fips_nb.round import code
 from fips_nb.run import compress as run_compress
 from fips_nb.run.reports import evaluate_text, info_text
 from fips_nb.share import pipeline
-from fips_nb.share.budgets import PRESETS, configure
+from fips_nb.share.budgets import configure
 from folders import TEXT, without_news
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SVDS = ("svd", "asvd", "svd-llm", "basis-sharing", "aafm", "gfm")
+FORMS = {"fips-als": ":levels=2", "fips-paper": ":block_steps=3", "svd": "", "basis-sharing": "", "aafm": "", "pruning": ":levels=2"}
 
 
 @pytest.fixture
@@ -135,10 +135,9 @@ def test_bits(fips, short, llama, monkeypatch):
     assert shapes["model.layers.0.mlp.up_proj.weight"] == list(net.model.layers[0].mlp.up_proj.weight.shape)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_bits_of_factors(preset, fips, short, llama):
-    "Codes of the factors of every preset: a file that is no larger than was asked for, everything counted."
-    few = "" if preset in SVDS else ":block_steps=3" if preset == "fips-paper" else ":levels=2"
+@pytest.mark.parametrize("preset, few", FORMS.items())
+def test_bits_of_factors(preset, few, fips, short, llama):
+    "Codes of factors of every form (other presets differ in the metric): a file no larger than asked for, everything counted."
     status, out, err = fips(f"{llama} --method {preset}{few} --bits 7 --params .85 --epochs 0 --out m --json")
     assert status == 0 and f"by {preset}{few} to" in err and without_news(err) == "", err
     made, n = json.loads(out), 52_960

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fips_nb.speed.packing import PackedLinear
-from fips_nb.sparse_factors import (MOVING, Pruner, Schedule, erk_densities, fan_in_mask,
+from fips_nb.sparse_factors import (MOVING, Schedule, erk_densities, fan_in_mask,
                                     nm_mask, rigl_mask, srigl_mask)
 from fips_nb.research.sparse_training import condense, sparsify
 

@@ -113,7 +113,7 @@ def learning(
 # %% ../../nbs/learn/training.ipynb #02f-019
 def split_batches(
     n, # batches
-    held_out, # every so manieth judges; 0: none
+    held_out, # one batch in so many judges; 0: none
 ):
     "Numbers of the batches that train, and of those that judge; few batches all train."
     held = list(range(0, n, held_out)) if held_out and n >= held_out else []

@@ -204,7 +204,7 @@ _COMMANDS = dict( # name -> help, epilog, model, options
     compress=("make a model smaller and save it", _COMPRESS, ('MODEL', _MODEL),
               'out data n bits params bytes method epochs minutes dense window batch_size device '
               'seed resume overwrite dry_run'),
-    eval=("measure accuracy, perplexity or likeness, and speed", _EVAL,
+    eval=("measure accuracy, perplexity or similarity, and speed", _EVAL,
           ('DIR|MODEL', f"{_FOLDER}, or a MODEL as it takes"),
           'data dense window batch_size device'),
     finetune=("train all of a compressed model, at its size", _FINETUNE, ('DIR', _FOLDER),
