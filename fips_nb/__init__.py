@@ -13,3 +13,8 @@ def __getattr__(name):
 
 
 def __dir__(): return [*globals(), *_HOME]
+
+
+from .store import announce as _announce  # noqa: E402
+
+_announce.wait()

@@ -80,22 +80,38 @@ class FactorLinear(_Factors):
     ):
         super().__init__(U, V, role, bias)
         self._product = _Cache()
+        self.register_buffer('mask', None, persistent=False)
+
+    @property
+    def held(self) -> torch.Tensor:
+        "The projection; in training, with nothing where it was zero when training began."
+        if not (self.training and self.V.requires_grad): return self.V
+        if self.mask is None: self.mask = self.V.detach() != 0
+        return self.V*self.mask
+
+    @torch.no_grad()
+    def settle(self):
+        "Put zeros where training had to leave them, and forget where that was."
+        if self.mask is not None: self.V.mul_(self.mask)
+        self.mask = None
 
     @property
     def weight(self) -> torch.Tensor:
         "The weight as PyTorch stores it (out, in), multiplied out."
-        with torch.autocast(self.V.device.type, enabled=False):
-            W = orient(self.V if self.U is None else self.U@self.V, self.role)
+        V = self.held
+        with torch.autocast('cpu' if V.is_meta else V.device.type, enabled=False):
+            W = orient(V if self.U is None else self.U@V, self.role)
         if hasattr(self.V, _LOADED): setattr(W, _LOADED, True)
         return W
 
     def forward(self, x):
-        U,V,d,h = self.U, self.V, self.d, self.V.shape[1]
+        U,V,d,h = self.U, self.held, self.d, self.V.shape[1]
         if U is not None and U.shape[1]*(d + h) < d*h: # through the rank
             if self.role == 'up': return F.linear(x@U, V.T, self.bias)
             return F.linear(x@V.T, U, self.bias)
-        if torch.is_grad_enabled(): return F.linear(x, self.weight, self.bias)
-        W = self._product.get((U, V), lambda: self.weight.contiguous())
+        if torch.is_grad_enabled() or torch.compiler.is_exporting():
+            return F.linear(x, self.weight, self.bias)
+        W = self._product.get((U, self.V), lambda: self.weight.contiguous())
         return F.linear(x, W, self.bias)
 
     @property
@@ -109,7 +125,20 @@ class FactorLinear(_Factors):
 
     def train(self, mode=True):
         self.forget()
+        self.settle()
         return super().train(mode)
+
+    def _save_to_state_dict(self, *args):
+        self.settle()
+        super()._save_to_state_dict(*args)
+
+    def _load_from_state_dict(self, *args):
+        old,self.mask = self.U, None
+        super()._load_from_state_dict(*args)
+        if self.U is old: return
+        new = getattr(old, 'became', self.U) # assign=True makes a parameter for each layer
+        if not new.is_meta and torch.equal(new, self.U): self.U = new
+        old.became = self.U
 
 # %% ../nbs/02_sparse_factors.ipynb #02-c6d
 class FactorConv(FactorLinear):

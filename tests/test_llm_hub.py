@@ -593,7 +593,7 @@ try: outputs('m')
 except RuntimeError as e: assert 'ignore_mismatched_sizes' in str(e), e
 else: raise AssertionError('random MLPs')
 assert 'fips_nb' not in sys.modules
-import fips_nb.store.transformers_folders
+import fips_nb
 """
 
 

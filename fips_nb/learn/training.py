@@ -100,12 +100,15 @@ def learning(
     model:nn.Module, # some of whose parameters learn
     params, # those that do
 ):
-    "Let only `params` of `model` learn for a while; flags come back and no gradients stay."
+    "Let only `params` learn for a while, without dropout; flags come back, no gradients stay."
     was,live = {p: p.requires_grad for p in model.parameters()}, {id(p) for p in params}
+    mode = model.training
     try:
+        model.eval()
         for p in was: p.requires_grad_(id(p) in live)
         yield
     finally:
+        model.train(mode)
         for p,g in was.items():
             p.requires_grad_(g)
             p.grad = None

@@ -7,7 +7,8 @@ __all__ = ['MODES', 'CodedWeight', 'int8_product', 'Integers', 'Int8Linear', 'In
            'bench_modes']
 
 # %% ../../nbs/round/modes.ipynb #07d-004
-import copy, functools
+import copy, functools, math, sys, warnings
+from collections.abc import Sequence
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
@@ -22,14 +23,40 @@ from .costs import find_parts, matrix_shape
 from ..store.codes import codes_of
 
 # %% ../../nbs/round/modes.ipynb #07d-011
+def _not_recorded():
+    "Refuse to be recorded for programs that have no such operators."
+    raise RuntimeError("a model that is held as int8 or coded cannot be traced by torch.jit or "
+                       "exported to ONNX; take the dense one: load(folder)")
+
 def _check_call(*tensors):
     "Refuse what would run and give nonsense: a trace, and tensors without values."
-    if torch.jit.is_tracing():
-        raise RuntimeError("a model that is held as int8 or coded cannot be traced by torch.jit; "
-                           "trace the dense one: load(folder)")
-    if any(t.is_meta for t in tensors):
+    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export(): _not_recorded()
+    if not torch.compiler.is_compiling() and any(t.is_meta for t in tensors):
         raise RuntimeError("this model lies on the device meta, which holds no values; load its "
                            "folder again")
+
+def _check_reader():
+    "Refuse to let PEFT merge an adapter into a weight that is decoded anew whenever it is read."
+    at = sys._getframe(1)
+    while at is not None:
+        merges = at.f_code.co_name in ('merge', 'unmerge')
+        if merges and at.f_globals.get('__name__', '').startswith('peft.'):
+            raise ValueError("an adapter cannot be merged into a model that is held as coded; "
+                             "load its folder with mode='dense' and merge into that")
+        at = at.f_back
+
+def _decode(code:torch.Tensor, shape:Sequence[int], dtype:torch.dtype) -> torch.Tensor:
+    "The parameter that `code` stands for."
+    coded = Coded(code, matrix_shape(tuple(shape)))
+    W = coded.weight(dtype if dtype.itemsize < 4 else torch.float32)
+    return W.view(shape).to(code.device, dtype)
+
+_traced_decode = torch.library.custom_op('fips_nb::decode', _decode, mutates_args=())
+
+@_traced_decode.register_fake
+def _shape_of_decoded(code, shape, dtype):
+    if torch.onnx.is_in_onnx_export(): _not_recorded()
+    return code.new_empty(shape, dtype=dtype)
 
 class CodedWeight(nn.Module):
     "Parametrization that decodes a parameter whenever it is read."
@@ -44,9 +71,14 @@ class CodedWeight(nn.Module):
     def forward(self, code):
         "The parameter that `code` stands for, in the dtype that the model has now."
         _check_call(code)
-        dtype,coded = self.like.dtype, Coded(code, matrix_shape(self.shape))
-        W = coded.weight(dtype if dtype.itemsize < 4 else torch.float32)
-        return W.view(self.shape).to(code.device, dtype)
+        if torch.compiler.is_compiling(): return _traced_decode(code, self.shape, self.like.dtype)
+        _check_reader()
+        return _decode(code, self.shape, self.like.dtype)
+
+def _not_pickled(module):
+    "Refuse to pickle what PyTorch cannot pickle."
+    raise RuntimeError("a model that is held as coded cannot be pickled; hand over the path of its "
+                       "folder, and load it there")
 
 def _as_code(module, name, code):
     "Put `code` in the place of a parameter."
@@ -54,6 +86,7 @@ def _as_code(module, name, code):
     how = CodedWeight(p.shape, p.dtype)
     parametrize.register_parametrization(module, name, how, unsafe=True)
     module.parametrizations[name].original = nn.Parameter(code.to(p.device), requires_grad=False)
+    type(module).__getstate__ = _not_pickled # of a class that the parametrization has made
 
 # %% ../../nbs/round/modes.ipynb #07d-021
 _ROWS = 256 # inputs that are rounded at once, so that they stay in the cache
@@ -94,7 +127,9 @@ def int8_product(
 _traced_product = torch.library.custom_op('fips_nb::int8_product', int8_product, mutates_args=())
 
 @_traced_product.register_fake
-def _shape_of_product(x, q, rows, columns, bias=None): return x.new_empty(len(x), len(q))
+def _shape_of_product(x, q, rows, columns, bias=None):
+    if torch.onnx.is_in_onnx_export(): _not_recorded()
+    return x.new_empty(len(x), len(q))
 
 # %% ../../nbs/round/modes.ipynb #07d-023
 class Integers(nn.Module):
@@ -154,13 +189,16 @@ def _integers(code, shape):
     return c.codes.to(torch.int8), steps_of(c.rows), steps_of(c.columns)
 
 def _as_int8(model, path, made):
-    "Put integers in the place of a layer; layers of other kinds stay dense."
+    "Put integers in the place of a layer, and say so; layers of other kinds stay dense."
     m = model.get_submodule(path)
-    if made is None: return
+    if made is None: return False
+    q,rows,columns = made
     if type(m) is nn.Linear: new = Int8Linear(*made, m.weight, m.bias)
+    elif type(m).__name__ == 'Conv1D': new = Int8Linear(q.T.contiguous(), columns, rows, m.weight, m.bias)
     elif type(m) is nn.Embedding and m.max_norm is None: new = Int8Embedding(*made, m.weight)
-    else: return
+    else: return False
     model.set_submodule(path, new)
+    return True
 
 # %% ../../nbs/round/modes.ipynb #07d-031
 MODES = ('dense', 'int8', 'coded')
@@ -195,24 +233,53 @@ def _not_saved(*args, **kwargs):
     raise ValueError("a model that is held as int8 or coded cannot be saved; load its folder again "
                      "and save that, or keep the result of compress and save it")
 
+def _not_resized(*args, **kwargs):
+    "Refuse to resize what has no weight."
+    raise ValueError("a model that is held as int8 or coded keeps its vocabulary; load its folder "
+                     "with mode='dense' and resize that")
+
+def _train(model, mode=True):
+    "Refuse to train where nothing can learn, such as an adapter beside the codes."
+    if mode and not any(p.requires_grad for p in model.parameters()):
+        raise RuntimeError(f"nothing of a model that is held as {model.fips_mode} learns; load its "
+                           "folder with mode='dense' to train it")
+    return type(model).train(model, mode)
+
+def _refuse_use(model):
+    "Let `model` refuse what it can no longer do, at the call; a copy refuses likewise."
+    model.train = functools.partial(_train, model)
+    for k,refuse in dict(save_pretrained=_not_saved, push_to_hub=_not_saved,
+                         resize_token_embeddings=_not_resized).items():
+        if hasattr(model, k): setattr(model, k, refuse)
+
+def _warn_few(name, held, sizes):
+    "Say so if most weights run as they did."
+    share = sum(sizes[k] for k in held)/sum(sizes.values())
+    if share < .5:
+        rest = next(k for k in sizes if k not in held)
+        warnings.warn(f"{len(held)} of the {len(sizes)} coded matrices of this {name}, {share:.0%} "
+                      f"of their weights, run as integers; the others stay dense, such as {rest}")
+
 def hold_as(
     model:nn.Module, # with codes, from load or code_model; changed in place
     mode:str, # one of MODES
 ) -> nn.Module: # model, in eval mode and without gradients; it cannot be saved
     "Choose how the coded parameters of a model lie in memory."
     _check_held(model, mode)
-    codes = codes_of(model)
+    codes,held = codes_of(model), set()
     model.eval().requires_grad_(False)
-    for part in find_parts(model) if mode != 'dense' else ():
-        if (code := codes.get(part.name)) is None: continue
+    parts = [p for p in find_parts(model) if p.name in codes] if mode != 'dense' else []
+    for part in parts:
+        code = codes[part.name]
         made = _integers(code, part.shape) if mode == 'int8' else None
         for path,name in part.uses:
             if mode == 'coded': _as_code(model.get_submodule(path), name, code)
-            else: _as_int8(model, path, made)
+            elif _as_int8(model, path, made): held.add(part.name)
     del model.fips_codes
     model.fips_mode = mode
-    for k in ('save_pretrained', 'push_to_hub') if mode != 'dense' else ():
-        if hasattr(model, k): setattr(model, k, _not_saved)
+    if mode != 'dense': _refuse_use(model)
+    if mode == 'int8':
+        _warn_few(type(model).__name__, held, {p.name: math.prod(p.shape) for p in parts})
     return model
 
 # %% ../../nbs/round/modes.ipynb #07d-041

@@ -19,7 +19,7 @@ from ..round.code import code_model
 from ..store.state import STAGES, clear_state, read_run, resumable
 from ..store.format import read_config
 from ..store.codes import dense_bytes, folder_bytes
-from ..store.hub import load, save
+from ..store.hub import load, ready_to_save, save
 from .options import (FACTORS, CompressOptions, check_settings, duration, make_options,
                                  takes)
 from .request import (Clock, Target, fill, open_request, request_mark,
@@ -168,6 +168,7 @@ def _with_source(res, request, data, o, notes):
     given = dict(dense=o.dense, data=data)
     source |= {k: None if v is None else _named(v) for k,v in given.items()}
     report = res.report | dict(source=source, notes=[*res.report['notes'], *notes])
+    ready_to_save(res.model, report)
     return Compressed(res.model, report, request.processor if o.processor is None else o.processor)
 
 def _save(res, o, t):

@@ -17,7 +17,7 @@ from ..speed.packing import random_factors
 from ..round.modes import bench_modes
 from ..store.cards import dense_params, plot_layers
 from ..store.format import read_config
-from ..store.codes import folder_bytes
+from ..store.codes import check_report, folder_bytes
 from ..store import hub
 from ..data.models import (Opened, in_transformers, kind_of, new_model, open_any,
                                  open_processor, wrap_module)
@@ -51,11 +51,12 @@ def info(
     _check_folder(model)
     if plot: check_picture(plot)
     config = read_config(Path(model))
+    check_report(model, config)
     report,size = config.get('report') or {}, folder_bytes(model)
     if plot: plot_layers(report, plot)
     bits = dict(bits=8*size/n) if (n := dense_params(report)) else {}
     arch = config['arch'] or config['module']
-    return dict(model=str(model), arch=arch, **report | dict(bytes=size, **bits))
+    return report | dict(model=str(model), arch=arch, bytes=size) | bits
 
 # %% ../../nbs/run/folders.ipynb #4d8e29fa
 @dataclass(frozen=True)

@@ -229,7 +229,7 @@ def _shown(report):
 def _loading(config, module):
     "Lines of code that open the folder."
     if _library(config) == 'transformers' and str(config['arch']).endswith('ForCausalLM'):
-        return ['import fips_nb.store.transformers_folders # tells transformers of the format',
+        return ['import fips_nb # tells transformers of the format',
                 'from transformers import AutoModelForCausalLM',
                 "model = AutoModelForCausalLM.from_pretrained('FOLDER')"]
     own = module if module.isidentifier() and module.isascii() else 'Net'

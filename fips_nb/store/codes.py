@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST_DECODED', 'decoded', 'check_compressed', 'codes_of', 'check_decoded', 'factor_names', 'whole_groups',
-           'stored_values', 'coded_record', 'shard_files', 'folder_bytes', 'file_parts', 'dense_bytes']
+           'stored_values', 'coded_record', 'shard_files', 'folder_bytes', 'file_parts', 'dense_bytes', 'sized_report',
+           'check_report']
 
 # %% ../../nbs/store/codes.ipynb #07-003
 import math
@@ -17,6 +18,7 @@ from torch import nn
 from ..sparse_factors import factor_layers
 from ..round.entropy import Coded
 from ..round.costs import matrix_shape
+from ..share.report import layer_bytes, size_report
 from .format import FILES, SPARE, refusing
 from .values import all_finite, group_record, linear_record, outside, value_dtype_of
 
@@ -46,17 +48,29 @@ def check_compressed(
     if not factor_layers(model) and not getattr(model, 'fips_codes', None):
         raise ValueError(f"this {name} has no factorised layers and no codes; compress it first")
 
+_CASTS = torch.float32, torch.bfloat16, torch.float16
+
+def _stands(code, p, name):
+    "Whether `code` stands for the parameter `p`, as it is or after casts such as `half`."
+    if p.is_meta: return True # accelerate lays tensors away
+    try: exact = decoded(code, p.shape, p.dtype, name)
+    except ValueError: return False # of another shape
+    now = p.detach().cpu()
+    if torch.equal(exact, now): return True
+    if not torch.equal(exact != 0, now != 0): return False
+    W = decoded(code, p.shape, torch.float32, name)
+    return any(torch.equal(W.to(a).to(b).to(p.dtype), now) for a in _CASTS for b in _CASTS)
+
 def codes_of(
     model:nn.Module, # any model
 ) -> dict: # name of a parameter -> code
     "The codes of `model` that still stand for its parameters."
     codes,ps = getattr(model, 'fips_codes', {}), dict(model.named_parameters())
-    same = lambda k, p: p.is_meta or torch.equal(decoded(codes[k], p.shape, p.dtype, k),
-                                                 p.detach().cpu()) # accelerate lays tensors away
-    out = {k: data for k,data in codes.items() if k in ps and same(k, ps[k])}
+    out = {k: data for k,data in codes.items() if k in ps and _stands(data, ps[k], k)}
     if gone := [k for k in codes if k not in out]:
         warnings.warn(f"{len(gone)} of {len(codes)} coded parameters have changed since they were "
-                      f"coded, such as {gone[0]}; they are stored with 16 bits for each value")
+                      f"coded, such as {gone[0]}; their values are stored as those of any other "
+                      "tensor, in 16 bits or more (fips_nb.finetune trains codes as codes)")
     return out
 
 MOST_DECODED = 64 # entries of coded parameters for each byte of the files
@@ -159,3 +173,57 @@ def dense_bytes(
         once[(t.data_ptr(), t.shape) if t.numel() else k] = t.numel()*size(t)
     products = (f.in_features*f.out_features*size(f.V) for f in layers.values())
     return sum(once.values()) + sum(products)
+
+# %% ../../nbs/store/codes.ipynb #5cb911a2
+def _sized_factors(report, model):
+    "The sizes of the factor layers of `model`, in the report of how they were made."
+    layers = factor_layers(model)
+    if any(f.V.is_meta for f in layers.values()): return report # accelerate lays tensors away
+    now,nbytes = size_report(model) if layers else {}, layer_bytes(model)
+    density = {k: (f.V != 0).float().mean().item() for k,f in layers.items()}
+    rows = [l | dict(density=density[l['name']], bytes=nbytes[l['name']])
+            for l in report['layers'] if l['name'] in layers]
+    return report | {k: v for k,v in now.items() if k in report} | dict(layers=rows)
+
+def sized_report(
+    report:dict|None, # of how the model was made
+    model:nn.Module, # that is written
+    codes:dict, # name of a parameter -> code that is written
+    nbytes:int, # of the weights files
+) -> dict|None:
+    "The report with the sizes of what is written."
+    if not report: return report
+    if 'mlp_budget' in report: return _sized_factors(report, model)
+    if 'coded_bytes' not in report: return report
+    rows = [l | dict(bytes=len(codes[l['name']]), bits=8*len(codes[l['name']])/math.prod(l['shape']))
+            for l in report['layers'] if l['name'] in codes]
+    out = report | dict(coded_bytes=nbytes, bits=8*nbytes/report['model_params'], layers=rows)
+    if f := report.get('factors'): out['factors'] = _sized_factors(f, model)
+    return out
+
+def _said(report):
+    "The densities of layers that a report has, which may hold anything."
+    for part in (report, report.get('factors')):
+        rows = part.get('layers') if isinstance(part, dict) else None
+        for l in rows if isinstance(rows, list) else ():
+            if not isinstance(l, dict) or not isinstance(l.get('name'), str): continue
+            if isinstance(l.get('density'), (int, float)): yield l['name'], l['density']
+
+def check_report(
+    folder, # path of a saved model
+    config:dict, # from read_config
+):
+    "Refuse a folder whose report says other sizes than its files have."
+    report,size = config.get('report'), folder_bytes(folder)
+    if not isinstance(report, dict): return
+    said = report.get('coded_bytes')
+    if isinstance(said, int) and abs(said - size) > .02*size + 4096:
+        raise ValueError(f"the report of {folder} says {said:,} bytes, and its weights files have "
+                         f"{size:,}; save the model again with fips_nb.save")
+    kept = {l['name']: l['nnz']/max(1, math.prod(l['shape']))
+            for g in config.get('groups') or () for l in g['linears']}
+    for name,x in _said(report):
+        if name in kept and abs(x - kept[name]) > .005:
+            raise ValueError(f"the report of {folder} says that {100*x:.1f} % of {name} are left, "
+                             f"and its file has {100*kept[name]:.1f} %; save the model again with "
+                             "fips_nb.save")

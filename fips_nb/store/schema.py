@@ -76,7 +76,7 @@ def read_json(
 Name = Annotated[str, Meta(min_length=1, max_length=1024)] # of a layer, a tensor, a class
 Count = Annotated[int, Meta(ge=0, le=2**53)] # of entries or bytes
 Size = Annotated[int, Meta(ge=1, le=2**31 - 1)] # of a side of a matrix
-Positive = Annotated[float, Meta(gt=0, le=1)] # a share or density
+Positive = Annotated[float, Meta(ge=1e-300, le=1)] # a share; `gt=0` is 0 without denormals
 
 # %% ../../nbs/store/schema.ipynb #02b-015
 def _found(value, path):

@@ -27,7 +27,7 @@ from .values import (all_finite, check_finite, dtype_name, dtype_named, group_re
                                   in_order, layer_groups, linear_record, main_dtype, outside,
                                   pack_values, store_rest, unpack_values)
 from .codes import (check_compressed, check_decoded, coded_record, codes_of, decoded,
-                                 stored_values, whole_groups)
+                                 sized_report, stored_values, whole_groups)
 from ..round.sizes import coded_name
 
 # %% ../../nbs/store/timm_folders.ipynb #07-023
@@ -140,6 +140,8 @@ def write_files(
     folder.mkdir(parents=True, exist_ok=True)
     path, description = folder/'model.safetensors', folder/'config.json'
     write_tensors(path, tensors, format='pt')
+    codes = {k: tensors[coded_name(k)] for k in about['coded']}
+    report = sized_report(report, model, codes, path.stat().st_size)
     head = dict(format=FORMAT, version=VERSION, fips_nb=__version__) | head
     check = dict(bytes=path.stat().st_size, sha256=_sha256(path))
     config = head | check | about | dict(report=report)

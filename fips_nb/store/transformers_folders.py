@@ -23,11 +23,11 @@ from transformers.quantizers.auto import (AUTO_QUANTIZATION_CONFIG_MAPPING,
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 from .. import __version__
-from ..round.sizes import coded_name
+from ..round.sizes import coded_name, file_bytes
 from ..share.report import Compressed
 from ..sparse_factors import FactorLinear, factor_layers, to_dense
 from .codes import (check_compressed, check_decoded, codes_of, factor_names,
-                                 shard_files, stored_values, whole_groups)
+                                 shard_files, sized_report, stored_values, whole_groups)
 from .conversions import Decode, ShareU, UnpackV, replace_layers
 from .format import (VERSION, LayerGroupEntry, bounded_build, check_depth,
                                   check_groups, check_tables, check_version, header, refusing)
@@ -36,8 +36,8 @@ from .shards import check_shards, checksum, pack_layers
 from .values import check_rest, dtype_name, layer_groups, outside, store_rest
 
 # %% ../../nbs/store/transformers_folders.ipynb #10-022
-NOTE = ("The linears named here are stored as factors. `pip install fips_nb`, then "
-        "`import fips_nb.store.transformers_folders` before `from_pretrained`.")
+NOTE = ("The linears named here are stored as factors or as codes. `pip install fips_nb`, then "
+        "`import fips_nb` before `from_pretrained`.")
 
 class FipsConfig(QuantizationConfigMixin):
     "The entry `quantization_config` of config.json."
@@ -156,7 +156,7 @@ def _coded_shapes(model, coded):
 
 def _guard(groups, codes):
     "A tensor without values, on which a transformers that knows nothing of factors stops."
-    first = min([*(f'{name}.weight' for g in groups for name in g), *codes])
+    first = min([f'{name}.weight' for g in groups for name in g] or codes)
     return {first: torch.empty(0, dtype=torch.float16)}
 
 def _codes(model, state, groups):
@@ -210,7 +210,9 @@ def _multiplied_out(model, dtype):
 def _real(model, name, t):
     "The tensor `t`, called `name` in `model`, in memory even if accelerate has laid it away."
     if t.device.type != 'meta': return t
-    return load_offloaded_parameter(model, name)
+    try: return load_offloaded_parameter(model, name)
+    except ValueError: raise ValueError(
+        f"{name} lies on the device meta, which holds no values; load the model again") from None
 
 def _checksums(model, state):
     "CRC-32 of the tensors that `save_pretrained` writes under the same name and as they are."
@@ -270,9 +272,12 @@ def _packed_state(quantizer, model):
     config.fips_nb, config.version = __version__, VERSION
     model.config.quantization_config = config
     state = rest | packed | _guard(groups, codes)
-    check_decoded({k: model.get_parameter(k).shape for k in codes},
-                  sum(t.nbytes for t in state.values()))
-    return state, {'fips': json.dumps(_checksums(model, state))}
+    meta = {'fips': json.dumps(_checksums(model, state))}
+    sizes = {k: ('BF16', t.shape, t.nbytes) for k,t in state.items()}
+    nbytes = file_bytes(sizes, format='pt', **meta)
+    check_decoded({k: model.get_parameter(k).shape for k in codes}, nbytes)
+    config.report = sized_report(config.report, model, codes, nbytes)
+    return state, meta
 
 # %% ../../nbs/store/transformers_folders.ipynb #10-027
 def register():
