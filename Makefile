@@ -73,10 +73,11 @@ test: $(VENV)/.test ## everything: generated files in sync, notebooks, pytest
 	$(POLITE) $(BIN)/nbdev_test --n_workers $(JOBS) --timing --flags "$(FLAGS)"
 	$(POLITE) $(BIN)/python -m pytest -m "not sync" -n $(JOBS) --dist worksteal
 
-trial: $(VENV)/.test ## hours of hostile folders, kills and failing disks: make trial N=100000 KILLS=1000 SEED=1
+trial: $(VENV)/.test ## hours of hostile folders, kills, failing disks, and the matrix of uses: make trial N=100000 KILLS=1000 SEED=1
 	$(POLITE) $(BIN)/python tests/trial.py folders $(N) --seed $(SEED) --record
 	$(POLITE) $(BIN)/python tests/trial.py kills $(KILLS) --seed $(SEED) --record
 	$(POLITE) $(BIN)/python tests/trial.py faults --record
+	$(POLITE) $(BIN)/python tests/matrix.py
 
 check: $(VENV)/.test ## only the quick checks: generated files, layout, imports, sidebar, outputs, figures
 	$(POLITE) $(BIN)/python -m pytest tests/test_packaging.py -n $(JOBS)

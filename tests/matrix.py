@@ -3,6 +3,7 @@
 `test_matrix.py` proves `matrix.json`, and the page nbs/about/right_or_refused.ipynb shows it. After a change that is
 meant: `python tests/matrix.py` fills the file again.
 """
+import argparse
 import contextlib
 import copy
 import io
@@ -719,7 +720,7 @@ def cell(case, title):
         return f"crash: {chain[0]}"[:300]
 
 
-def fill(models=MODELS, forms=FORMS, titles=None, root=None, tell=None):
+def fill(models, forms, titles, root):
     "The cells: title -> model -> form -> what came of it."
     quiet()
     elsewhere, out, took = Elsewhere(), {}, {}
@@ -732,26 +733,31 @@ def fill(models=MODELS, forms=FORMS, titles=None, root=None, tell=None):
                 got = cell(case, title)
                 took[title] = took.get(title, 0) + time.perf_counter() - start
                 out.setdefault(title, {}).setdefault(name, {})[form] = got
-                if tell and (got not in ("right", "refused") or tell == "all"): print(f"{name} | {form} | {title} | {got}", flush=True)
-    if tell: print({k: round(t, 1) for k, t in sorted(took.items(), key=lambda x: -x[1])})
+                if got not in ("right", "refused"): print(f"{name}, {form}, {title}: {got}", flush=True)
+    print("seconds:", {k: round(t) for k, t in sorted(took.items(), key=lambda x: -x[1])[:10]})
     return out
 
 
-if __name__ == "__main__":
-    import argparse
-    ap = argparse.ArgumentParser()
+def main():
+    ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ap.add_argument("--models", nargs="*", default=MODELS)
     ap.add_argument("--forms", nargs="*", default=FORMS)
-    ap.add_argument("--titles", nargs="*")
-    ap.add_argument("--root")
-    ap.add_argument("--write", action="store_true")
-    ap.add_argument("--all", action="store_true")
+    ap.add_argument("--titles", nargs="*", help="operations; all if none is named")
+    ap.add_argument("--root", help="where compressed models are kept between runs")
+    ap.add_argument("--write", action="store_true", help="take what was found for what is right")
     a = ap.parse_args()
     with tempfile.TemporaryDirectory() as root:
         if a.root: Path(a.root).mkdir(exist_ok=True)
-        made = fill(a.models, a.forms, a.titles, a.root or root, "all" if a.all else "bad")
-    bad = sum(v not in ("right", "refused") for x in made.values() for y in x.values() for v in y.values())
-    n = sum(len(y) for x in made.values() for y in x.values())
-    print(f"{n} cells, {bad} neither right nor refused")
-    if a.write: FILE.write_text(json.dumps(made, indent=1) + "\n")
-    sys.exit(bool(bad))
+        found = fill(a.models, a.forms, a.titles, a.root or root)
+    cells = {(t, n, f): v for t, x in found.items() for n, y in x.items() for f, v in y.items()}
+    said = json.loads(FILE.read_text()) if FILE.exists() else {}
+    for (t, n, f), v in cells.items():
+        if a.write: said.setdefault(t, {}).setdefault(n, {})[f] = v
+        elif said.get(t, {}).get(n, {}).get(f) != v: print(f"{n}, {f}, {t}: {v}, which is not what {FILE.name} says")
+    if a.write: FILE.write_text(json.dumps(said, indent=1) + "\n")
+    bad = sum(v not in ("right", "refused") for v in cells.values())
+    print(f"{len(cells)} cells, {bad} neither right nor refused")
+    return bool(bad)
+
+
+if __name__ == "__main__": sys.exit(main())

@@ -10,7 +10,7 @@ import pytest
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="children are forked and measured as on Linux")
 
 
-@pytest.mark.parametrize("words", [["kills", "6"], ["folders", "250"], ["faults"]], ids=lambda w: w[0])
+@pytest.mark.parametrize("words", [["kills", "4"], ["folders", "150"], ["faults"]], ids=lambda w: w[0])
 def test_trial(words):
     "Each in a process of its own, since its children are forked; what it counts is printed."
     seed = os.environ.get("FIPS_NB_TRIAL_SEED", "0")

@@ -16,6 +16,7 @@ from ..sparse_factors import FactorLinear
 from ..share.statistics import feed
 from ..learn.augmentation import augment, augment_notes, augment_seconds, views
 from .rounding import Codes, code_bits, round_weight, steps_of
+from ..learn.training import with_gradients
 from ..learn.distillation import Distillation, Teacher, loss_kind
 from ..share.budgets import operations_limit
 from ..store.schema import check_names
@@ -237,6 +238,7 @@ def _look_ahead(job, model, asked, teacher):
                                                 seed=run.seed, **more)
 
 # %% ../../nbs/round/code.ipynb #04h-06c
+@with_gradients
 def code_model(
     model:nn.Module, # trained model, dense or factorised; it is not changed
     batches, # calibration batches without labels, see feed

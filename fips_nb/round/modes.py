@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from ..sparse_factors import factor_layers
 from ..sparse_kernels import device_name, library, stopwatch
 from ..learn.distillation import predict
-from ..speed.packing import resident_bytes
+from ..speed.packing import hold, resident_bytes
 from ..share.statistics import feed
 from .rounding import steps_of
 from .entropy import Coded
@@ -228,11 +228,6 @@ def _check_held(model, mode):
         raise ValueError(f"the mode int8 is for CPUs, and the model is on {where}")
 
 # %% ../../nbs/round/modes.ipynb #02ce29a5
-def _not_saved(*args, **kwargs):
-    "Refuse to write what nothing could read."
-    raise ValueError("a model that is held as int8 or coded cannot be saved; load its folder again "
-                     "and save that, or keep the result of compress and save it")
-
 def _not_resized(*args, **kwargs):
     "Refuse to resize what has no weight."
     raise ValueError("a model that is held as int8 or coded keeps its vocabulary; load its folder "
@@ -248,9 +243,7 @@ def _train(model, mode=True):
 def _refuse_use(model):
     "Let `model` refuse what it can no longer do, at the call; a copy refuses likewise."
     model.train = functools.partial(_train, model)
-    for k,refuse in dict(save_pretrained=_not_saved, push_to_hub=_not_saved,
-                         resize_token_embeddings=_not_resized).items():
-        if hasattr(model, k): setattr(model, k, refuse)
+    if hasattr(model, 'resize_token_embeddings'): model.resize_token_embeddings = _not_resized
 
 def _warn_few(name, held, sizes):
     "Say so if most weights run as they did."
@@ -276,8 +269,10 @@ def hold_as(
             if mode == 'coded': _as_code(model.get_submodule(path), name, code)
             elif _as_int8(model, path, made): held.add(part.name)
     del model.fips_codes
-    model.fips_mode = mode
-    if mode != 'dense': _refuse_use(model)
+    if mode == 'dense': model.fips_mode = mode
+    else:
+        hold(model, mode)
+        _refuse_use(model)
     if mode == 'int8':
         _warn_few(type(model).__name__, held, {p.name: math.prod(p.shape) for p in parts})
     return model

@@ -16,6 +16,7 @@ from ..share.report import Compressed
 from ..share import pipeline
 from ..share.planner import Plan, make_plan, planning_seconds
 from ..round.code import code_model
+from ..learn.training import with_gradients
 from ..store.state import STAGES, clear_state, read_run, resumable
 from ..store.format import read_config
 from ..store.codes import dense_bytes, folder_bytes
@@ -220,6 +221,7 @@ def _run(request, data, o, t, clock):
 
 # %% ../../nbs/run/compress.ipynb #d0a7bfa5
 @takes(CompressOptions)
+@with_gradients
 def compress(
     model, # module; name of a demo, of timm or of transformers; or a folder
     data=None, # path, texts, data set, tensors, loader, batches or a function; the demos have some

@@ -15,6 +15,7 @@ from ..share.forecast import Run
 from ..share.report import Compressed, size_report
 from ..share.pipeline import round_factors
 from ..share.streaming import share_tensors
+from ..learn.training import with_gradients
 from ..learn.finetuning import (RATE, Tuning, all_labels, make_objective, new_head,
                                       next_tokens, split_labels, tune, tuning_seconds)
 from ..round.code import bits_report, codes_seconds, layer_rates, read_codes, tune_codes
@@ -303,6 +304,7 @@ def _save(job, o, res, t):
 
 # %% ../../nbs/run/finetune.ipynb #cfbf5700
 @takes(FinetuneOptions)
+@with_gradients
 def finetune(
     model, # folder that compress wrote, Compressed, or a compressed module, which is not changed
     data=None, # path, texts, data set, tensors, loader, batches or a function; the demos have some

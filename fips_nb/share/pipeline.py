@@ -22,6 +22,7 @@ from ..grouping import find_modules, weights
 from ..sparse_factors import Schedule, factor_layers, factorize
 from .statistics import calibration_notes, collect_moments, layer_metric
 from ..blockwise_opt import Solver, adaptive_ranks, fit_group, fit_svd, group_error
+from ..learn.training import with_gradients
 from ..learn.distillation import Distillation, distill_blocks, distill_outputs
 from .budgets import Config, GroupPlan
 from ..store.state import (Progress, State, fingerprint, hash_tensors, open_state,
@@ -279,6 +280,7 @@ def report_of(
                        seconds_by_phase=seconds, layers=layers)
 
 # %% ../../nbs/share/pipeline.ipynb #03e-059
+@with_gradients
 def compress(
     model:nn.Module, # trained model; it is not changed
     batches, # calibration batches without labels, see feed; a list or anything re-iterable
