@@ -365,9 +365,10 @@ def _(c):
     assert any("parametrizations" in k for k in held.state_dict())
 
 
-@operation("to('meta')")
+@operation("to('meta')", [m for m in MODELS if m != "GPT-2"]) # which cannot be dense either
 def _(c):
-    got = tensor_of(c.model().to("meta")(**{k: t.to("meta") for k, t in c.x.items()}))
+    x = {k: t.to("meta") for k, t in c.x.items()}
+    got = tensor_of(c.model().to("meta")(**x))
     assert got.is_meta and got.shape == c.want.shape
 
 
@@ -421,7 +422,7 @@ def _(c):
         for x in (c.x, inputs(c.name, seed=9)): close(traced(*x.values()), outputs(c.model(), x), c.rate)
 
 
-@operation("torch.onnx.export", dear=True)
+@operation("torch.onnx.export", [m for m in MODELS if m != "T5"], dear=True) # likewise
 def _(c):
     x = tuple(c.x.values())
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -697,7 +698,7 @@ def _(c):
 # ---- cells ----
 
 REFUSED = ( # parts of the sentences that refuse
-    "cannot be saved", "cannot be traced by torch.jit", "the device meta, which holds no values", "cannot be pickled",
+    "cannot be saved", "cannot be traced", "has no memory yet", "nothing compressed is left to save", "the device meta, which holds no", "cannot be pickled",
     "keeps its vocabulary", "learns; load its", "packed layers are for inference", "cannot be merged",
     "is held as", "is packed", "layers of integers have no gradients",
     "is not supported. Currently, only the following modules") # of peft
@@ -753,7 +754,7 @@ def main():
     said = json.loads(FILE.read_text()) if FILE.exists() else {}
     for (t, n, f), v in cells.items():
         if a.write: said.setdefault(t, {}).setdefault(n, {})[f] = v
-        elif said.get(t, {}).get(n, {}).get(f) != v: print(f"{n}, {f}, {t}: {v}, which is not what {FILE.name} says")
+        elif said.get(t, {}).get(n, {}).get(f) not in (None, v): print(f"{n}, {f}, {t}: {FILE.name} says {said[t][n][f]}")
     if a.write: FILE.write_text(json.dumps(said, indent=1) + "\n")
     bad = sum(v not in ("right", "refused") for v in cells.values())
     print(f"{len(cells)} cells, {bad} neither right nor refused")

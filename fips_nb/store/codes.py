@@ -47,6 +47,10 @@ def check_compressed(
                          "folder again, and save that")
     if not factor_layers(model) and not getattr(model, 'fips_codes', None):
         raise ValueError(f"this {name} has no factorised layers and no codes; compress it first")
+    away = next((k for k,p in model.named_parameters() if p.is_meta), None)
+    if away and not any(hasattr(m, '_hf_hook') for m in model.modules()): # of accelerate
+        raise ValueError(f"{away} lies on the device meta, which holds no values; load the model "
+                         "again")
 
 _CASTS = torch.float32, torch.bfloat16, torch.float16
 

@@ -117,6 +117,10 @@ def pack_model(
         else: packed, record = pack_group(g, values)
         tensors = tensors | {f'fips.{i}.{k}': t for k,t in packed.items()}
         records.append(record)
+    if not records and not codes:
+        raise ValueError(f"all coded parameters of this {type(model).__name__} have changed, and "
+                         "nothing compressed is left to save; fips_nb.finetune trains codes as "
+                         "codes, and torch.save(model.state_dict(), file) keeps what there is")
     check_decoded({k: model.get_parameter(k).shape for k in codes},
                   sum(t.nbytes for t in tensors.values()))
     main = main_dtype(own)

@@ -10,6 +10,7 @@ import difflib
 import json
 import re
 import shutil
+import threading
 from pathlib import Path
 import torch
 import transformers
@@ -350,6 +351,8 @@ def _class_named(arch, model_type):
     raise ValueError(f"transformers {transformers.__version__} has no architecture {arch!r}; "
                      f"the nearest are {near}; a newer transformers may have it")
 
+_ONE = threading.RLock() # transformers replaces functions of its own while it loads a model
+
 def _tensors_in(folder):
     "Number of tensors in the weights files of `folder`."
     return sum(len(header(p)) for p in shard_files(folder))
@@ -364,7 +367,7 @@ def read(
     cls = _class_named(arch, config['model_type'])
     how = dict(output_loading_info=True, local_files_only=True, use_safetensors=True,
                trust_remote_code=False)
-    with refusing(f"{folder} does not fit {arch!r}"), bounded_build(_tensors_in(folder)):
+    with _ONE, refusing(f"{folder} does not fit {arch!r}"), bounded_build(_tensors_in(folder)):
         model, info = cls.from_pretrained(folder, **how)
         for key,problem in (('missing_keys', 'is missing'),
                             ('unexpected_keys', 'has no place in the model')):
