@@ -841,7 +841,7 @@ def drop_coded(name): return lambda c, q: q["coded"].remove(name)
     (lambda c, q: q["coded"].append(f"{GATE}.V"), "occurs twice"),
     (lambda c, q: q["coded"].append(f"{GATE[:-9]}up_proj.U"), "up_proj.U is among the coded"),
     (lambda c, q: q["groups"].pop(0), "incomplete|is missing|no record|cannot"),
-    (lambda c, q: q["groups"][0]["linears"].pop(), "is missing|no record|cannot"),
+    (lambda c, q: q["groups"][0]["linears"].pop(), "is missing|no record|cannot|ignore_mismatched_sizes"),
     (lambda c, q: q["groups"][0]["linears"][0].update(nnz=3), "non-zeros instead of 3|CONVERSION"),
     (lambda c, q: q["groups"][0]["linears"][0].update(shape=[31, 48]), "31 rows"),
     (lambda c, q: q["groups"][0].update(d=33), "do not fit|in this model|cannot")])

@@ -171,13 +171,13 @@ def load(
     folder = Path(folder).expanduser()
     check_mode(mode)
     config = read_config(folder)
-    check_report(folder, config)
     _check_brought(folder, config, model)
     if 'model_type' in config: made = _transformers_folders().read(folder, config, device)
     elif config['arch'] is None: made = own_modules.read(folder, config, model, device)
     else:
         made = timm_folders.read(folder, config, device)
         if model is not None: made = own_modules.refill(model, made, folder)
+    check_report(folder, config)
     return made if mode == 'dense' else hold_as(made, mode)
 
 # %% ../../nbs/store/hub.ipynb #07c-c023

@@ -26,8 +26,8 @@ from .format import (FORMAT, VERSION, bounded_build, check_claims,
 from .values import (all_finite, check_finite, dtype_name, dtype_named, group_record,
                                   in_order, layer_groups, linear_record, main_dtype, outside,
                                   pack_values, store_rest, unpack_values)
-from .codes import (check_compressed, check_decoded, coded_record, codes_of, decoded,
-                                 sized_report, stored_values, whole_groups)
+from .codes import (check_compressed, check_decoded, check_left, coded_record, codes_of,
+                                 decoded, sized_report, stored_values, whole_groups)
 from ..round.sizes import coded_name
 
 # %% ../../nbs/store/timm_folders.ipynb #07-023
@@ -117,10 +117,7 @@ def pack_model(
         else: packed, record = pack_group(g, values)
         tensors = tensors | {f'fips.{i}.{k}': t for k,t in packed.items()}
         records.append(record)
-    if not records and not codes:
-        raise ValueError(f"all coded parameters of this {type(model).__name__} have changed, and "
-                         "nothing compressed is left to save; fips_nb.finetune trains codes as "
-                         "codes, and torch.save(model.state_dict(), file) keeps what there is")
+    check_left(model, records, codes)
     check_decoded({k: model.get_parameter(k).shape for k in codes},
                   sum(t.nbytes for t in tensors.values()))
     main = main_dtype(own)

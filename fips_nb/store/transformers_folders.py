@@ -27,8 +27,9 @@ from .. import __version__
 from ..round.sizes import coded_name, file_bytes
 from ..share.report import Compressed
 from ..sparse_factors import FactorLinear, factor_layers, to_dense
-from .codes import (check_compressed, check_decoded, codes_of, factor_names,
-                                 shard_files, sized_report, stored_values, whole_groups)
+from .codes import (check_compressed, check_decoded, check_left, codes_of,
+                                 factor_names, shard_files, sized_report, stored_values,
+                                 whole_groups)
 from .conversions import Decode, ShareU, UnpackV, replace_layers
 from .format import (VERSION, LayerGroupEntry, bounded_build, check_depth,
                                   check_groups, check_tables, check_version, header, refusing)
@@ -148,6 +149,11 @@ def _keep_names(model, layers, codes):
     written = revert_weight_conversion(model, dict(ghosts))
     if any(written.get(k) is not t for k,t in ghosts.items()): model._weight_conversions = []
 
+def _read_names(model, have):
+    "Let tensors go by their names in `model` if those that it alone has are in the files."
+    ours,written = set(model.state_dict(keep_vars=True)), set(_written_names(model))
+    if (ours - written) & have and not (written - ours) & have: model._weight_conversions = []
+
 def _coded_shapes(model, coded):
     "Shapes of the coded parameters that `model` has."
     shapes, prefix = {k: p.shape for k,p in model.named_parameters()}, f'{model.base_model_prefix}.'
@@ -174,6 +180,7 @@ def _make_room(quantizer, model, checkpoint_files):
         quantizer.linears, quantizer.bases = replace_layers(model, groups)
         _keep_names(model, quantizer.linears, _coded_shapes(model, coded))
         if have:
+            _read_names(model, set(have))
             nbytes = sum(Path(p).stat().st_size for p in checkpoint_files)
             check_tables(model, nbytes)
             check_decoded(_coded_shapes(model, coded), nbytes)
@@ -255,10 +262,10 @@ def _packed_state(quantizer, model):
     "Tensors and header text of the files of `model`; brings the configuration up to date."
     if getattr(model, '_hf_peft_config_loaded', False): return None, {} # adapters only
     layers, config = factor_layers(model), quantizer.quantization_config
-    _keep_names(model, layers, getattr(model, 'fips_codes', ()))
     own = remove_tied_weights_from_state_dict(outside(model.state_dict(), layers), model)
     groups = _at_hand(model)
     whole, codes = whole_groups(groups, _codes(model, own, groups))
+    _keep_names(model, layers, codes)
     if not layers and not codes:
         quantizer.remove_quantization_config(model)
         return None, {}
@@ -326,6 +333,7 @@ def write(
     attach(model, report, dtype, rest)
     folder.mkdir(parents=True, exist_ok=True)
     save_into(model, folder, tokenizer, max_shard_size)
+    if not hasattr(model.config, 'quantization_config'): check_left(model, (), ())
     return folder
 
 def save_into(
