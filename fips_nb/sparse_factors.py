@@ -67,19 +67,11 @@ class _Factors(nn.Module):
         density = '' if self.V.is_meta else f', density={(self.V != 0).float().mean():.3f}'
         return f'{self.in_features} -> {self.out_features}, {rank}{density}'
 
-# %% ../nbs/02_sparse_factors.ipynb #02-007
-_LOADED = '_is_hf_initialized' # how transformers marks what it must not draw anew
-
-class FactorLinear(_Factors):
-    "A linear layer `x W.T + bias` whose oriented weight is `W = U V`; without `U` it is `V`."
-    def __init__(self,
-        U:nn.Parameter|None, # basis (d, r), shared by passing the same parameter to several layers
-        V:torch.Tensor, # projection (r, h), or (d, h) without a basis
-        role:str, # 'up' (d -> h) or 'down' (h -> d)
-        bias:torch.Tensor|None=None, # (out,)
-    ):
-        super().__init__(U, V, role, bias)
-        self._product = _Cache()
+# %% ../nbs/02_sparse_factors.ipynb #c535a809
+class _Held(_Factors):
+    "Factors whose zeros stay where they are, whatever trains them."
+    def __init__(self, *args):
+        super().__init__(*args)
         self.register_buffer('mask', None, persistent=False)
 
     @property
@@ -94,6 +86,36 @@ class FactorLinear(_Factors):
         "Put zeros where training had to leave them, and forget where that was."
         if self.mask is not None: self.V.mul_(self.mask)
         self.mask = None
+
+    def train(self, mode=True):
+        self.settle()
+        return super().train(mode)
+
+    def _save_to_state_dict(self, *args):
+        self.settle()
+        super()._save_to_state_dict(*args)
+
+    def _load_from_state_dict(self, *args):
+        old,self.mask = self.U, None
+        super()._load_from_state_dict(*args)
+        if self.U is old: return
+        new = getattr(old, 'became', self.U) # assign=True makes a parameter for each layer
+        if not new.is_meta and torch.equal(new, self.U): self.U = new
+        old.became = self.U
+
+# %% ../nbs/02_sparse_factors.ipynb #02-007
+_LOADED = '_is_hf_initialized' # how transformers marks what it must not draw anew
+
+class FactorLinear(_Held):
+    "A linear layer `x W.T + bias` whose oriented weight is `W = U V`; without `U` it is `V`."
+    def __init__(self,
+        U:nn.Parameter|None, # basis (d, r), shared by passing the same parameter to several layers
+        V:torch.Tensor, # projection (r, h), or (d, h) without a basis
+        role:str, # 'up' (d -> h) or 'down' (h -> d)
+        bias:torch.Tensor|None=None, # (out,)
+    ):
+        super().__init__(U, V, role, bias)
+        self._product = _Cache()
 
     @property
     def weight(self) -> torch.Tensor:
@@ -125,20 +147,7 @@ class FactorLinear(_Factors):
 
     def train(self, mode=True):
         self.forget()
-        self.settle()
         return super().train(mode)
-
-    def _save_to_state_dict(self, *args):
-        self.settle()
-        super()._save_to_state_dict(*args)
-
-    def _load_from_state_dict(self, *args):
-        old,self.mask = self.U, None
-        super()._load_from_state_dict(*args)
-        if self.U is old: return
-        new = getattr(old, 'became', self.U) # assign=True makes a parameter for each layer
-        if not new.is_meta and torch.equal(new, self.U): self.U = new
-        old.became = self.U
 
 # %% ../nbs/02_sparse_factors.ipynb #02-c6d
 class FactorConv(FactorLinear):

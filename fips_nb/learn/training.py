@@ -95,7 +95,9 @@ def check_loss(
     raise Diverged(f"training diverged: the loss is NaN or infinity{where}; a smaller lr helps")
 
 # %% ../../nbs/learn/training.ipynb #02f-016
-def with_gradients(f):
+def with_gradients(
+    f, # function
+):
     "Let `f` compute gradients wherever it is called, even under `torch.no_grad`."
     @functools.wraps(f)
     def run(*args, **kwargs):

@@ -45,6 +45,7 @@ def _check_reader():
                              "load its folder with mode='dense' and merge into that")
         at = at.f_back
 
+# %% ../../nbs/round/modes.ipynb #382ee250
 def _decode(code:torch.Tensor, shape:Sequence[int], dtype:torch.dtype) -> torch.Tensor:
     "The parameter that `code` stands for."
     coded = Coded(code, matrix_shape(tuple(shape)))
@@ -58,6 +59,7 @@ def _shape_of_decoded(code, shape, dtype):
     if torch.onnx.is_in_onnx_export(): _not_recorded()
     return code.new_empty(shape, dtype=dtype)
 
+# %% ../../nbs/round/modes.ipynb #b0d0893e
 class CodedWeight(nn.Module):
     "Parametrization that decodes a parameter whenever it is read."
     def __init__(self,
@@ -194,7 +196,8 @@ def _as_int8(model, path, made):
     if made is None: return False
     q,rows,columns = made
     if type(m) is nn.Linear: new = Int8Linear(*made, m.weight, m.bias)
-    elif type(m).__name__ == 'Conv1D': new = Int8Linear(q.T.contiguous(), columns, rows, m.weight, m.bias)
+    elif type(m).__name__ == 'Conv1D': # its weight is (in, out)
+        new = Int8Linear(q.T.contiguous(), columns, rows, m.weight, m.bias)
     elif type(m) is nn.Embedding and m.max_norm is None: new = Int8Embedding(*made, m.weight)
     else: return False
     model.set_submodule(path, new)
@@ -253,6 +256,7 @@ def _warn_few(name, held, sizes):
         warnings.warn(f"{len(held)} of the {len(sizes)} coded matrices of this {name}, {share:.0%} "
                       f"of their weights, run as integers; the others stay dense, such as {rest}")
 
+# %% ../../nbs/round/modes.ipynb #b72ee4ef
 def hold_as(
     model:nn.Module, # with codes, from load or code_model; changed in place
     mode:str, # one of MODES

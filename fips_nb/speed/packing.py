@@ -56,6 +56,16 @@ class _Refuse(torch.autograd.Function):
     def backward(ctx, g): raise RuntimeError(_TRAIN)
 
 # %% ../../nbs/speed/packing.ipynb #04-034
+def _check_use(x):
+    "Refuse what would run and give nonsense."
+    if x.is_meta and not torch.compiler.is_compiling():
+        raise RuntimeError("a packed layer cannot run on the device meta, which holds no values; "
+                           "load the folder again")
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        raise RuntimeError("a packed layer cannot be traced or exported; take the model as its "
+                           "folder has it: load(folder)")
+
+# %% ../../nbs/speed/packing.ipynb #6cf4543f
 class PackedLinear(nn.Module):
     "`FactorLinear` for inference: basis `U`, shared by passing the same parameter, and a format."
     kind = nn.Linear # class of the layer that it stands for
@@ -79,7 +89,7 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        "The weight as PyTorch stores it (out, in), multiplied out whenever it is read."
+        "The weight (out, in), multiplied out whenever it is read."
         return unpack_layer(self).weight.detach()
 
     def train(self, mode:bool=True):
@@ -94,12 +104,7 @@ class PackedLinear(nn.Module):
         return self.A(x@self.U if self.shared is None else self.shared(x, self.U), self.bias)
 
     def forward(self, x):
-        if x.is_meta and not torch.compiler.is_compiling():
-            raise RuntimeError("a packed layer cannot run on the device meta, which holds no "
-                               "values; load the folder again")
-        if torch.jit.is_tracing() or torch.compiler.is_exporting():
-            raise RuntimeError("a packed layer cannot be traced or exported; take the model as its "
-                               "folder has it: load(folder)")
+        _check_use(x)
         if torch.is_grad_enabled() and x.requires_grad: return _Refuse.apply(x, self._product)
         return self._product(x)
 
@@ -139,6 +144,7 @@ def _check_linears(layers):
         raise ValueError(f"{bad} is a 1x1 convolution, which packed layers do not stand for; "
                          "run the model as it is, or multiply it out with to_dense")
 
+# %% ../../nbs/speed/packing.ipynb #782b227c
 def _not_saved(*args, **kwargs):
     "Refuse to write what nothing could read."
     raise ValueError("a model that is held in memory as packed, int8 or coded cannot be saved; "
@@ -156,6 +162,7 @@ def hold(
         model.__dict__.pop(k, None)
         if mode is not None and hasattr(model, k): setattr(model, k, _not_saved)
 
+# %% ../../nbs/speed/packing.ipynb #57d9b537
 def pack(
     model:nn.Module, # factorised, in eval mode; changed in place
     choices:str|dict='tiles', # a format for all, layer name -> format, or what optimize returned

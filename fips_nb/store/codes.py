@@ -52,6 +52,7 @@ def check_compressed(
         raise ValueError(f"{away} lies on the device meta, which holds no values; load the model "
                          "again")
 
+# %% ../../nbs/store/codes.ipynb #987a2e23
 _CASTS = torch.float32, torch.bfloat16, torch.float16
 
 def _stands(code, p, name):
@@ -90,6 +91,7 @@ def check_left(
                      "nothing compressed is left to save; fips_nb.finetune trains codes as codes, "
                      f"and {plain} it as it is")
 
+# %% ../../nbs/store/codes.ipynb #223bb397
 MOST_DECODED = 64 # entries of coded parameters for each byte of the files
 
 def check_decoded(
@@ -212,12 +214,14 @@ def sized_report(
     if not report: return report
     if 'mlp_budget' in report: return _sized_factors(report, model)
     if 'coded_bytes' not in report: return report
-    rows = [l | dict(bytes=len(codes[l['name']]), bits=8*len(codes[l['name']])/math.prod(l['shape']))
+    size = lambda l: len(codes[l['name']])
+    rows = [l | dict(bytes=size(l), bits=8*size(l)/math.prod(l['shape']))
             for l in report['layers'] if l['name'] in codes]
     out = report | dict(coded_bytes=nbytes, bits=8*nbytes/report['model_params'], layers=rows)
     if f := report.get('factors'): out['factors'] = _sized_factors(f, model)
     return out
 
+# %% ../../nbs/store/codes.ipynb #cdb848df
 def _said(report):
     "The densities of layers that a report has, which may hold anything."
     for part in (report, report.get('factors')):

@@ -26,8 +26,8 @@ from .format import (FORMAT, VERSION, bounded_build, check_claims,
 from .values import (all_finite, check_finite, dtype_name, dtype_named, group_record,
                                   in_order, layer_groups, linear_record, main_dtype, outside,
                                   pack_values, store_rest, unpack_values)
-from .codes import (check_compressed, check_decoded, check_left, coded_record, codes_of,
-                                 decoded, sized_report, stored_values, whole_groups)
+from .codes import (check_compressed, check_decoded, check_left, coded_record,
+                                 codes_of, decoded, sized_report, stored_values, whole_groups)
 from ..round.sizes import coded_name
 
 # %% ../../nbs/store/timm_folders.ipynb #07-023
