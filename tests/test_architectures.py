@@ -168,6 +168,19 @@ def test_what_no_output_depends_on_is_named_before_the_work_and_rounded_like_the
     assert all(.6 < v/(sum(bits.values())/len(bits)) < 1.4 for v in unseen)
 
 
+def test_fewer_tokens_than_inputs_are_told_before_the_work_and_padding_is_none():
+    model, text = causal("Llama").make(), torch.randint(3, 90, (2, 30))
+    coded = lambda batch: code_model(model, [batch], 5*sum(p.numel() for p in model.parameters())//8, 0)
+    with pytest.warns(UserWarning, match=r"linears, such as .*down_proj, have more inputs \(80\)"):
+        notes = coded(text).report["notes"]
+    assert any("more inputs (80) than calibration has rows (60)" in n for n in notes)
+    twice = torch.cat([text, text], 1)
+    assert not any("more inputs" in n for n in coded(twice).report["notes"])
+    mask = (torch.arange(60) >= 30).long().expand(2, 60)
+    padded = coded(dict(input_ids=twice, attention_mask=mask))
+    assert any("calibration has rows (60)" in n for n in padded.report["notes"])
+
+
 class TwoTowers(torch.nn.Module):
     "Images take another way than texts, and nobody gives any."
     num_classes = 40

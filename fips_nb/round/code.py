@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from ..grouping import features_last
 from ..sparse_factors import FactorLinear
-from ..share.statistics import feed
+from ..share.statistics import calibration_notes, feed
 from ..learn.augmentation import augment, augment_notes, augment_seconds, views
 from .rounding import Codes, code_bits, round_weight, steps_of
 from ..learn.training import with_gradients
@@ -29,7 +29,8 @@ from .entropy import Coded, encode
 from .sizes import (Rounded, Rounder, SAMPLE, check_bytes, dense_params, matrix_of,
                                  round_to_bytes, stored_bytes)
 from .costs import (complete_costs, expert_notes, expert_rows, find_parts,
-                                 matrix_shape, measure_costs, unreached, unreached_notes)
+                                 matrix_shape, measure_costs, rows_read, unreached,
+                                 unreached_notes)
 from .distil import distill_codes
 
 # %% ../../nbs/round/code.ipynb #04h-061
@@ -232,6 +233,9 @@ def _look_ahead(job, model, asked, teacher):
     run = job.run
     wide,parts = _wide(job.model), _parts(model, job.filter_fn)
     epochs,notes,expected = coding_ahead(wide, job.batches, asked, run.device)
+    many = views(wide, job.batches)
+    notes += calibration_notes({k: (d, many*n) for k,(d,n)
+                                in rows_read(wide, job.batches, parts).items()})
     unseen = unreached_notes(model, parts, unreached(wide, job.batches, parts))
     for note in notes + unseen: warnings.warn(note)
     if run.state is None: return epochs, notes, expected, {}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'PLAIN', 'EVEN', 'SOFTEN', 'Part', 'matrix_shape', 'find_parts', 'Cost', 'measure_costs', 'expert_rows',
-           'expert_notes', 'complete_costs', 'unreached', 'unreached_notes']
+           'expert_notes', 'complete_costs', 'unreached', 'unreached_notes', 'rows_read']
 
 # %% ../../nbs/round/costs.ipynb #04h-004
 import dataclasses, math
@@ -15,7 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from ..grouping import features_last, find_experts
 from ..sparse_factors import FactorConv, FactorLinear
-from ..share.statistics import feed
+from ..share.statistics import feed, padding_mask
 from ..learn.distillation import loss_kind, predict
 from ..learn.training import learning
 
@@ -89,15 +89,17 @@ def _is_layer(m):
 
 @torch.no_grad()
 def _seen(model, paths, batch):
-    "Those of the layers `paths` that are called; the weights of others are read past them."
-    seen,layers = set(), {k: m for k in paths if _is_layer(m := model.get_submodule(k))}
-    see = lambda k: lambda module, args: seen.add(k)
+    "Those of the layers `paths` that are called, and rows they read; others are read past."
+    seen,layers = {}, {k: m for k in paths if _is_layer(m := model.get_submodule(k))}
+    def see(k):
+        def add(module, args): seen[k] = seen.get(k, 0) + args[0].shape[:-1].numel()
+        return add
     hooks,was = [m.register_forward_pre_hook(see(k)) for k,m in layers.items()], model.training
     try: feed(model.eval(), batch)
     finally:
         for h in hooks: h.remove()
         model.train(was)
-    return [k for k in layers if k in seen]
+    return {k: seen[k] for k in layers if k in seen}
 
 def _n_inputs(m):
     "Inputs of a layer, as a matrix."
@@ -399,3 +401,24 @@ def unreached_notes(
     return [f"no output for the calibration data depends on {', '.join(tops[:8])}{more} "
             f"({n/sum(p.numel() for p in model.parameters()):.1%} of the parameters), rounded to "
             "about as many bits per weight as the others; data that use them would show their cost"]
+
+# %% ../../nbs/round/costs.ipynb #08dac301
+def _amount(batch, padding=False):
+    "Entries of the first tensor of a batch, with or without `padding`."
+    if isinstance(batch, dict): tensors = batch.values()
+    else: tensors = batch if isinstance(batch, (tuple, list)) else [batch]
+    n,keep = next(t.numel() for t in tensors if torch.is_tensor(t)), padding_mask(batch)
+    return n if keep is None or padding else n*keep.double().mean().item()
+
+def rows_read(
+    model:nn.Module, # dense or factorised
+    batches:list, # of calibration data, see feed
+    parts:list, # from find_parts
+) -> dict: # name of a linear -> (its inputs, about how many rows it reads), see calibration_notes
+    "How many rows each linear reads; experts are left out, see expert_rows."
+    seen = _seen(model, dict.fromkeys(path for p in parts for path,_ in p.uses), batches[0])
+    share = sum(map(_amount, batches))/_amount(batches[0], True)
+    experts = tuple(f'{k}.' for k in find_experts(model))
+    return {k: (_n_inputs(m), round(share*n)) for k,n in seen.items()
+            if isinstance(m := model.get_submodule(k), (nn.Linear, FactorLinear))
+            or type(m).__name__ == 'Conv1D' if not k.startswith(experts)}
