@@ -1,6 +1,7 @@
 """Every architecture that the page lists: what is found in it, exactness, rounding, its folder."""
 import json
 import math
+import re
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -79,8 +80,7 @@ def rounded(case, model, bits, n=2, spare=1.):
     """`model` with at most so many bits for each entry that is coded.
 
     Where all the room may stay unused, the search for a step ends at the first that fits."""
-    parts = [p for p in find_parts(model) if p.name not in case.idle]
-    sizes = {p.name: math.ceil(bits/8*math.prod(p.shape)) for p in parts}
+    sizes = {p.name: math.ceil(bits/8*math.prod(p.shape)) for p in find_parts(model)}
     with patch("fips_nb.round.sizes.SPARE_BYTES", spare):
         return code_model(model, case.batches(n), stored_bytes(model, sizes), 0)
 
@@ -99,7 +99,7 @@ def distance(case, model, res):
 def test_rounding(case):
     model = case.small()
     res = rounded(case, model, 10)
-    assert res.model.fips_codes.keys() == {p.name for p in find_parts(model)} - set(case.idle)
+    assert res.model.fips_codes.keys() == {p.name for p in find_parts(model)}
     assert 0 < distance(case, model, res) < .03
 
 
@@ -153,6 +153,60 @@ def test_experts_in_a_list_that_are_never_asked_are_rounded_like_the_others():
     name = "experts.{}.weight".format
     wrong = [(res.model.get_parameter(name(i)) - model.get_parameter(name(i))).norm() for i in range(3)]
     assert .8 < wrong[2]/wrong[0] < 1.25 and name(2) in res.model.fips_codes
+
+
+NAMED = dict(BertModel="pooler", SiglipVisionModel="head")
+
+
+@pytest.mark.parametrize("case", [c for c in WORK if c.title in NAMED], ids=lambda c: c.title)
+def test_what_no_output_depends_on_is_named_before_the_work_and_rounded_like_the_rest(case):
+    said = f"depends on {NAMED[case.title]} ("
+    with pytest.warns(UserWarning, match=re.escape(said)): res = rounded(case, case.make(), 6, spare=.03)
+    assert any(said in n for n in res.report["notes"])
+    bits = {x["name"]: x["bits"] for x in res.report["layers"]}
+    unseen = [v for k, v in bits.items() if k.startswith(("pooler", "head"))]
+    assert all(.6 < v/(sum(bits.values())/len(bits)) < 1.4 for v in unseen)
+
+
+def test_fewer_tokens_than_inputs_are_told_before_the_work_and_padding_is_none():
+    model, text = causal("Llama").make(), torch.randint(3, 90, (2, 30))
+    coded = lambda batch: code_model(model, [batch], 5*sum(p.numel() for p in model.parameters())//8, 0)
+    with pytest.warns(UserWarning, match=r"linears, such as .*down_proj, have more inputs \(80\)"):
+        notes = coded(text).report["notes"]
+    assert any("more inputs (80) than calibration has rows (60)" in n for n in notes)
+    twice = torch.cat([text, text], 1)
+    assert not any("more inputs" in n for n in coded(twice).report["notes"])
+    mask = (torch.arange(60) >= 30).long().expand(2, 60)
+    padded = coded(dict(input_ids=twice, attention_mask=mask))
+    assert any("calibration has rows (60)" in n for n in padded.report["notes"])
+
+
+class TwoTowers(torch.nn.Module):
+    "Images take another way than texts, and nobody gives any."
+    num_classes = 40
+
+    def __init__(self):
+        super().__init__()
+        self.text, self.head = torch.nn.Linear(32, 64), torch.nn.Linear(64, 40)
+        self.tower = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Linear(64, 64))
+
+    def forward(self, x, image=None):
+        return self.head(self.text(x) + (0 if image is None else self.tower(image)))
+
+
+def test_a_tower_that_calibration_never_reaches_is_rounded_and_not_worn_down():
+    torch.manual_seed(0)
+    model, alone = TwoTowers().eval(), [dict(x=x) for x in torch.randn(8, 64, 32)]
+    model.tower[0].weight.data *= 50 # no matter how large its weights are
+    n = sum(p.numel() for p in model.parameters())
+    with pytest.warns(UserWarning, match=r"depends on tower \(.*% of the parameters\)"):
+        first, res = (code_model(model, alone, 5*n//8, epochs) for epochs in (0, 4))
+    for k in ("tower.0.weight", "tower.2.weight"):
+        W = model.get_parameter(k)
+        assert 0 < (res.model.get_parameter(k) - W).norm() < .15*W.norm()
+        assert torch.equal(res.model.get_parameter(k), first.model.get_parameter(k)) # distilled as it was
+    both = [*alone[1:], alone[0] | dict(image=torch.randn(64, 32))] # one batch is enough
+    assert not any("tower" in n for n in code_model(model, both, 5*n//8, 0).report["notes"])
 
 
 FOLDERS = ("vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "convnext_tiny", "ViTForImageClassification",

@@ -12,7 +12,10 @@ from transformers import (AutoModelForCausalLM, BertConfig, BertForMaskedLM, Ber
                           PreTrainedTokenizerFast, Qwen2Config, ViTConfig,
                           ViTForImageClassification)
 
+from fips_nb.learn.augmentation import own_text
 from fips_nb.measure.evaluation import evaluate
+from fips_nb.round.code import code_model
+from fips_nb.store.hub import load, save
 from fips_nb.measure.tasks import evaluate_tasks, repetition, samples
 from fips_nb.data.text import (TextBatches, context_length, documents, enough_windows,
                                open_tokenizer, pick_windows, tokenize)
@@ -521,6 +524,35 @@ def test_the_models_own_settings_are_put_back(tok):
     samples(m, tok, ["The"], n_tokens=3)
     with pytest.raises(ValueError): samples(m, tok, ["The"], n_tokens=999)
     assert m.generation_config is own and m.training
+
+
+@pytest.mark.parametrize("settings", [
+    dict(temperature=.3), dict(top_p=.5), dict(min_p=.1), dict(repetition_penalty=2.), dict(no_repeat_ngram_size=1),
+    dict(num_return_sequences=3, do_sample=True), dict(num_beams=2), dict(return_dict_in_generate=True, output_scores=True),
+    dict(stop_strings=["a"]), dict(suppress_tokens=[5, 6]), dict(begin_suppress_tokens=[3, 4]), dict(max_time=1e-4),
+    dict(sequence_bias=[[[5], 9.]]), dict(guidance_scale=2.), dict(cache_implementation="static")], ids=str)
+def test_text_of_its_own_takes_no_settings_of_the_model(model, settings):
+    m, windows = llama(), torch.randint(1, 300, (3, 12), generator=torch.Generator().manual_seed(0))
+    m.load_state_dict(model.state_dict())
+    def text():
+        torch.manual_seed(0)
+        return own_text(m, windows)
+    want, own = text(), m.generation_config
+    own.update(**settings)
+    assert torch.equal(text(), want) and m.generation_config is own
+
+
+def test_invalid_settings_of_generation_do_not_stop_a_save(tmp_path):
+    llama().save_pretrained(tmp_path/"dense")
+    settings = dict(do_sample=False, temperature=.6, top_p=.9, eos_token_id=0)
+    (tmp_path/"dense"/"generation_config.json").write_text(json.dumps(settings))
+    m = AutoModelForCausalLM.from_pretrained(tmp_path/"dense").eval()
+    n = sum(p.numel() for p in m.parameters())
+    res = code_model(m, list(torch.randint(1, 300, (4, 2, 48))), 6*n//8, 0)
+    folder = save(res.model, tmp_path/"small")
+    kept = json.loads((folder/"generation_config.json").read_text())
+    assert {k: kept[k] for k in settings} == settings
+    assert load(folder).generation_config.temperature == .6
 
 
 @pytest.mark.parametrize("tokens, n, want", [

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'PLAIN', 'EVEN', 'SOFTEN', 'Part', 'matrix_shape', 'find_parts', 'Cost', 'measure_costs', 'expert_rows',
-           'expert_notes', 'complete_costs']
+           'expert_notes', 'complete_costs', 'unreached', 'unreached_notes', 'rows_read']
 
 # %% ../../nbs/round/costs.ipynb #04h-004
 import dataclasses, math
@@ -15,7 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from ..grouping import features_last, find_experts
 from ..sparse_factors import FactorConv, FactorLinear
-from ..share.statistics import feed
+from ..share.statistics import feed, padding_mask
 from ..learn.distillation import loss_kind, predict
 from ..learn.training import learning
 
@@ -89,15 +89,17 @@ def _is_layer(m):
 
 @torch.no_grad()
 def _seen(model, paths, batch):
-    "Those of the layers `paths` that are called; the weights of others are read past them."
-    seen,layers = set(), {k: m for k in paths if _is_layer(m := model.get_submodule(k))}
-    see = lambda k: lambda module, args: seen.add(k)
+    "Those of the layers `paths` that are called, and rows they read; others are read past."
+    seen,layers = {}, {k: m for k in paths if _is_layer(m := model.get_submodule(k))}
+    def see(k):
+        def add(module, args): seen[k] = seen.get(k, 0) + args[0].shape[:-1].numel()
+        return add
     hooks,was = [m.register_forward_pre_hook(see(k)) for k,m in layers.items()], model.training
     try: feed(model.eval(), batch)
     finally:
         for h in hooks: h.remove()
         model.train(was)
-    return [k for k in layers if k in seen]
+    return {k: seen[k] for k in layers if k in seen}
 
 def _n_inputs(m):
     "Inputs of a layer, as a matrix."
@@ -328,28 +330,95 @@ def expert_notes(
 
 # %% ../../nbs/round/costs.ipynb #04h-06u
 def _lend(model, parts, costs):
-    "Give factors that no output depends on the mean cost of the others: groups are coded whole."
-    for p in parts:
-        path,name = p.uses[0]
-        if p.name in costs or not isinstance(model.get_submodule(path), FactorLinear): continue
-        like = [c for k,c in costs.items() if k.endswith(f'.{name}')]
-        if not like: continue
-        turned = name == 'U' or model.get_submodule(path).role == 'up'
-        n,m = p.shape if turned else p.shape[::-1]
-        mean = lambda ts: sum(t.mean().item() for t in ts)/len(ts)
-        full = lambda size, ts: torch.full((size,), mean(ts), device=ts[0].device)
-        C = torch.diag(full(n, [c.C.diagonal() for c in like]))
-        costs[p.name] = Cost(C, full(m, [c.g for c in like]), turned)
+    "Give parts that have no cost one of which they take the bits that the others do; their names."
+    device,sizes = next(iter(costs.values())).C.device, {p.name: math.prod(p.shape) for p in parts}
+    power = lambda k: model.get_parameter(k).detach().float().var(correction=0).item() or 1.
+    log = lambda k, c: math.log(max(c.g.mean().item()*c.C.diagonal().mean().item(), 1e-30)*power(k))
+    total = sum(sizes[k] for k in costs)
+    mean = math.exp(sum(sizes[k]/total*log(k, c) for k,c in costs.items()))
+    gone = [p for p in parts if p.name not in costs]
+    for p in gone:
+        rows,columns = p.shape
+        C = torch.eye(columns, device=device)*(mean/power(p.name))
+        costs[p.name] = Cost(C, torch.ones(rows, device=device))
+    return [p.name for p in gone]
 
 def complete_costs(
     model:nn.Module, # dense or factorised
     parts:list, # from find_parts
     costs:dict, # from measure_costs; completed in place
     rows:dict, # from expert_rows
-):
+) -> list: # names of the parts whose cost is that of all others
     "Add costs to those that were measured, where parts have none of their own."
     if not costs:
         raise ValueError(f"the outputs of this {type(model).__name__} depend on none of its "
                          "matrices; is its head all zeros?")
-    _lend(model, parts, costs)
     _even_experts(model, parts, costs, rows)
+    return _lend(model, parts, costs)
+
+# %% ../../nbs/round/costs.ipynb #421be140
+def _leaves(out):
+    "Ids of the tensors that `out` is computed from."
+    left,seen,found = [out.grad_fn], {None}, set()
+    while left:
+        if (f := left.pop()) in seen: continue
+        seen.add(f)
+        found.add(id(getattr(f, 'variable', None)))
+        left += [g for g,_ in f.next_functions]
+    return found
+
+def unreached(
+    model:nn.Module, # dense or factorised
+    batches:list, # of calibration data, see feed
+    parts:list, # from find_parts
+) -> list: # their names; experts are left out, see expert_rows
+    "Which parts no output depends on, from one batch of each kind; nothing is measured for it."
+    kinds = {tuple(b) if isinstance(b, dict) else None: b for b in batches}
+    params,found = {p.name: model.get_parameter(p.name) for p in parts}, set()
+    with learning(model, params.values()):
+        for b in kinds.values(): found |= _leaves(predict(model, b))
+    experts = tuple(f'{k}.' for k in find_experts(model))
+    return [k for k,p in params.items() if id(p) not in found and not k.startswith(experts)]
+
+# %% ../../nbs/round/costs.ipynb #261be6f6
+def _top(name, names, gone):
+    "The highest module around the parameter `name` of which all `names` are `gone`."
+    up = name.rpartition('.')[0]
+    whole = up and all(k in gone for k in names if k.startswith(f'{up}.'))
+    return _top(up, names, gone) if whole else name
+
+def unreached_notes(
+    model:nn.Module, # dense or factorised
+    parts:list, # from find_parts
+    gone:list, # names, from unreached or complete_costs
+) -> list: # of sentences without a full stop, at most one
+    "Which parts calibration says nothing about, and how they are rounded."
+    if not gone: return []
+    n = sum(math.prod(p.shape) for p in parts if p.name in gone)
+    names,left = [p.name for p in parts], set(gone)
+    tops = list(dict.fromkeys(_top(k, names, left) for k in gone))
+    more = f' and {len(tops) - 8} more' if len(tops) > 8 else ''
+    return [f"no output for the calibration data depends on {', '.join(tops[:8])}{more} "
+            f"({n/sum(p.numel() for p in model.parameters()):.1%} of the parameters), rounded to "
+            "about as many bits per weight as the others; data that use them would show their cost"]
+
+# %% ../../nbs/round/costs.ipynb #08dac301
+def _amount(batch, padding=False):
+    "Entries of the first tensor of a batch, with or without `padding`."
+    if isinstance(batch, dict): tensors = batch.values()
+    else: tensors = batch if isinstance(batch, (tuple, list)) else [batch]
+    n,keep = next(t.numel() for t in tensors if torch.is_tensor(t)), padding_mask(batch)
+    return n if keep is None or padding else n*keep.double().mean().item()
+
+def rows_read(
+    model:nn.Module, # dense or factorised
+    batches:list, # of calibration data, see feed
+    parts:list, # from find_parts
+) -> dict: # name of a linear -> (its inputs, about how many rows it reads), see calibration_notes
+    "How many rows each linear reads; experts are left out, see expert_rows."
+    seen = _seen(model, dict.fromkeys(path for p in parts for path,_ in p.uses), batches[0])
+    share = sum(map(_amount, batches))/_amount(batches[0], True)
+    experts = tuple(f'{k}.' for k in find_experts(model))
+    return {k: (_n_inputs(m), round(share*n)) for k,n in seen.items()
+            if isinstance(m := model.get_submodule(k), (nn.Linear, FactorLinear))
+            or type(m).__name__ == 'Conv1D' if not k.startswith(experts)}
