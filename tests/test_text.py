@@ -14,6 +14,7 @@ from transformers import (AutoModelForCausalLM, BertConfig, BertForMaskedLM, Ber
 
 from fips_nb.learn.augmentation import own_text
 from fips_nb.measure.evaluation import evaluate
+from fips_nb.data.calibration import given_batches
 from fips_nb.round.code import code_model
 from fips_nb.store.hub import load, save
 from fips_nb.measure.tasks import evaluate_tasks, repetition, samples
@@ -191,8 +192,9 @@ def test_conversations_that_are_refused(tok):
         tokenize([TALK, [dict(role="system", content="x")]], t, chat=True)
     with refused("has no chat template"):
         TextBatches([TALK], tok, 4, n=1, chat=True)
-    with refused("conversations need chat=True"):
-        tokenize([TALK], t)
+    with refused("texts and conversations are not mixed"):
+        tokenize(["a text", TALK], t)
+    assert torch.equal(tokenize([TALK], t)[0], tokenize([TALK], t, chat=True)[0])
 
 
 def test_no_tokenizer_in_the_folder(tmp_path, model):
@@ -658,3 +660,39 @@ def test_real_task(tmp_path, offline, stories):
     write_task(tmp_path, [(s, [e, cut[(i + 1) % len(cut)][1]]) for i, (s, e) in enumerate(cut)])
     got = evaluate_tasks(m, t, ["cloze"], folder=tmp_path)["cloze"]
     assert got["acc"] > .8 and got["n"] == len(docs)
+
+
+def test_rows_of_files_are_parsed(tmp_path):
+    "Text never keeps the syntax of its file, and conversations are found without being announced."
+    said = ["one", "two\nlines"]
+    chat = [[dict(role="user", content=s)] for s in said]
+    (tmp_path/"a.jsonl").write_text("\n".join(json.dumps(dict(messages=m)) for m in chat))
+    (tmp_path/"b.json").write_text(json.dumps([dict(text=s, n=1) for s in said]))
+    (tmp_path/"c.json").write_text(json.dumps(said))
+    (tmp_path/"d.csv").write_text('id,text\n1,one\n2,"two\nlines"\n')
+    assert documents(tmp_path/"a.jsonl") == chat
+    for name in ("b.json", "c.json", "d.csv"): assert documents(tmp_path/name) == said
+    (tmp_path/"e.json").write_text('{"text": "one"}')
+    with pytest.raises(ValueError, match="e.json is no list of texts"): documents(tmp_path/"e.json")
+    (tmp_path/"f.csv").write_text("id,body\n1,one\n")
+    with pytest.raises(ValueError, match="no column 'text'; there are id, body"): documents(tmp_path/"f.csv")
+    pyarrow = pytest.importorskip("pyarrow") # comes with datasets, of the test extra
+    from pyarrow import parquet
+    parquet.write_table(pyarrow.table(dict(text=said)), tmp_path/"g.parquet")
+    assert documents(tmp_path/"g.parquet") == said
+
+
+def test_rows_of_token_ids_are_batches():
+    rows = [dict(input_ids=[1, 2, 3]), dict(input_ids=[4, 5, 6]), dict(input_ids=[7])]
+    batches, n = given_batches(rows, 2)
+    assert n == 3 and batches[0].tolist() == [[1, 2, 3], [4, 5, 6]] and batches[1].tolist() == [[7]]
+    (padded,), _ = given_batches(rows, 3)
+    assert padded["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 1], [1, 0, 0]]
+    assert padded["input_ids"].tolist() == [[1, 2, 3], [4, 5, 6], [7, 0, 0]]
+
+
+def test_strings_without_a_tokenizer_are_refused_by_its_name(home):
+    import fips_nb
+    from transformers import AutoModelForCausalLM
+    with pytest.raises(ValueError, match="read with its tokenizer; pass that as processor="):
+        fips_nb.compress(AutoModelForCausalLM.from_pretrained(home/"llama"), ["some text"])

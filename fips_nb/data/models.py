@@ -399,5 +399,8 @@ def read_batches(
     **reading, # fields of Reading
 ): # re-iterable batches, as the model takes them
     "Read data of the kind that the model takes."
+    if opened.processor is None and opened.kind != 'images':
+        raise ValueError(f"data for a {type(opened.model).__name__} are read with its tokenizer; "
+                         "pass that as processor=, or pass batches of tensors")
     readers = dict(images=image_batches, captions=caption_batches)
     return readers.get(opened.kind, text_batches)(opened, path, **reading)
