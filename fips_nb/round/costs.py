@@ -227,6 +227,7 @@ def measure_costs(
     parts:list, # from find_parts
     seed:int=0, # of the labels that are drawn
     progress:bool=False, # bar on stderr
+    kind:str|None=None, # of divergence; None asks loss_kind
 ) -> dict: # name of the part -> Cost; parts that no output depends on are left out
     "What errors in the parts of `model` cost, in one pass forward and backward over `batches`."
     uses = {u: p for p in parts for u in p.uses}
@@ -238,12 +239,12 @@ def measure_costs(
     others = {p.name: model.get_parameter(p.name) for (path,_),p in uses.items()
               if path not in layers and not idle(path, p)}
     for name,p in others.items(): feelers.sums[name] = _Sums(None, p)
-    g,kind,n,was = torch.Generator().manual_seed(seed), None, 0, model.training
+    g,n,was = torch.Generator().manual_seed(seed), 0, model.training
     try:
         model.eval()
         with learning(model, list(others.values())):
             for b in tqdm(batches, desc='costs', disable=not progress, leave=False):
-                if kind is None: kind = loss_kind(model, feed(model, b))
+                if kind is None: kind = loss_kind(model, feed(model, b), b)
                 n += feelers.backward(model, b, kind, g)
                 for name,p in others.items():
                     if p.grad is not None: feelers.sums[name].entries(_squared(p.grad))
