@@ -8,8 +8,9 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from architectures import LM, REFUSED, TORCH, WORK, causal, refusal
-from fips_nb.store.hub import load, save
+import transformers
+from architectures import BARTS, LM, PAIR, REFUSED, TORCH, WORK, Case, causal, refusal
+from fips_nb.store.hub import export, load, save
 from fips_nb.round.code import code_model
 from fips_nb.round.costs import expert_rows, find_parts
 from fips_nb.round.sizes import stored_bytes
@@ -179,6 +180,19 @@ def test_fewer_tokens_than_inputs_are_told_before_the_work_and_padding_is_none()
     mask = (torch.arange(60) >= 30).long().expand(2, 60)
     padded = coded(dict(input_ids=twice, attention_mask=mask))
     assert any("calibration has rows (60)" in n for n in padded.report["notes"])
+
+
+def test_tables_that_transformers_makes_anew_are_not_coded(tmp_path):
+    case = Case("MarianMTModel", BARTS, "MarianConfig", inputs=PAIR)
+    res, x = rounded(case, case.make(), 8), case.batches()[0]
+    assert not any("positions" in k for k in res.model.fips_codes)
+    plain = export(save(res.model, tmp_path/"small"), tmp_path/"plain")
+    fresh = transformers.MarianMTModel.from_pretrained(plain).eval()
+    want = load(tmp_path/"small")
+    for half in ("encoder", "decoder"):
+        table = getattr(want.model, half).embed_positions
+        table.weight.data.copy_(table.create_weight())
+    torch.testing.assert_close(outputs(fresh, x), outputs(want, x), rtol=1e-5, atol=1e-5)
 
 
 class TwoTowers(torch.nn.Module):

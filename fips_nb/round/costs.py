@@ -43,6 +43,7 @@ def find_parts(
     "The parameters of `model` that are coded."
     found = {}
     for path,m in model.named_modules():
+        if hasattr(m, 'create_weight'): continue # a table that transformers makes anew on loading
         for k,p in m.named_parameters(recurse=False):
             least = 1 if isinstance(m, FactorLinear) else SMALL # factors are coded as a whole
             if p.ndim < 2 or p.numel() < least or not p.is_floating_point(): continue
