@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import transformers
-from architectures import BARTS, LM, PAIR, REFUSED, TORCH, WORK, Case, causal, refusal
+from architectures import BARTS, LM, PAIR, PIXELS, REFUSED, SEEN, TORCH, WORK, Case, causal, refusal
+from fips_nb.measure.accuracy import output_similarity
 from fips_nb.store.hub import export, load, save
 from fips_nb.round.code import code_model
 from fips_nb.round.costs import expert_rows, find_parts
@@ -193,6 +194,26 @@ def test_tables_that_transformers_makes_anew_are_not_coded(tmp_path):
         table = getattr(want.model, half).embed_positions
         table.weight.data.copy_(table.create_weight())
     torch.testing.assert_close(outputs(fresh, x), outputs(want, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["dense", "int8", "coded"])
+def test_another_default_dtype_does_not_change_what_is_read(mode, tmp_path):
+    case = causal("Llama")
+    res, x = rounded(case, case.make(), 6), case.batches()[0]
+    want = load(save(res.model, tmp_path/"small"), mode=mode)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        got = load(tmp_path/"small", mode=mode)
+        assert torch.equal(outputs(got, x), outputs(want, x)) or mode == "int8"
+    finally: torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(outputs(got, x), outputs(want, x), rtol=.02, atol=.02)
+
+
+def test_masks_that_a_model_draws_are_the_same_each_time():
+    case = Case("ViTMAEModel", SEEN, "ViTMAEConfig", inputs=PIXELS)
+    model, x, state = case.make(), case.batches()[0], torch.get_rng_state()
+    assert torch.equal(outputs(model, x), outputs(model, x)) and torch.equal(torch.get_rng_state(), state)
+    assert output_similarity(model, [x], model)["least_cosine"] > .9999
 
 
 class TwoTowers(torch.nn.Module):
