@@ -119,8 +119,8 @@ class _Sums:
     def rows(self, X, G2):
         "Add inputs and squared gradients of a linear layer, one position in each row."
         w = G2.sum(1)
-        if not (mean := w.mean()) > 0: return
-        w = (1 - PLAIN)*w/mean + PLAIN*(w > 0)
+        if not (counts := w > 0).any(): return # padding does not count, nor what changes nothing
+        w = (1 - PLAIN)*w/w[counts].mean() + PLAIN*counts
         self.C.add_(X.T@(w[:,None]*X))
         self.g,self.n = self.g + G2.sum(0), self.n + w.sum()
 
