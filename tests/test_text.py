@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (AutoModelForCausalLM, BertConfig, BertForMaskedLM, BertModel,
                           Gemma2Config, GPT2Config, LlamaConfig, OPTConfig,
-                          PreTrainedTokenizerFast, Qwen2Config, ViTConfig,
+                          PreTrainedConfig, PreTrainedTokenizerFast, Qwen2Config, ViTConfig,
                           ViTForImageClassification)
 
 from fips_nb.learn.augmentation import own_text
@@ -19,7 +19,7 @@ from fips_nb.round.code import code_model
 from fips_nb.store.hub import load, save
 from fips_nb.measure.tasks import evaluate_tasks, repetition, samples
 from fips_nb.data.text import (TextBatches, context_length, documents, enough_windows,
-                               open_tokenizer, pick_windows, tokenize)
+                               open_tokenizer, pick_windows, tokenize, window_length)
 from fips_nb.measure.perplexity import cosine_similarity, perplexity, window_sums
 
 DATA = os.environ.get("FIPS_NB_DATA")
@@ -219,6 +219,13 @@ def test_windows_do_not_overlap(n_tokens, length, n):
         w = pick_windows(n_tokens, length, n, seed)
         assert len(w) == (n or 2) and w[0] >= 0 and w[-1] + length <= n_tokens
         assert all(b - a >= length for a, b in zip(w, w[1:]))
+
+
+def test_a_context_that_is_none():
+    "XLNet says -1."
+    odd = torch.nn.Module()
+    odd.config = PreTrainedConfig(max_position_embeddings=-1)
+    assert context_length(odd) is None and window_length(odd, 64) == 64 and window_length(odd) == 2048
 
 
 def test_windows_are_uniform():

@@ -210,7 +210,7 @@ def context_length(
     tables = [m for k,m in model.named_modules()
               if k.endswith('position_embeddings') and isinstance(m, nn.Embedding)]
     padded = [t.num_embeddings - t.padding_idx - 1 for t in tables if t.padding_idx is not None]
-    return min([said, *padded]) if isinstance(said, int) else None
+    return min([said, *padded]) if isinstance(said, int) and said > 0 else None # XLNet says -1
 
 def window_length(
     model:nn.Module|None, # of text; None for tokens without a model

@@ -142,6 +142,7 @@ class _Coding:
     nbytes:int # of the file
     run:Run # seed, device, progress
     filter_fn:object=None # see code_model
+    kind:str='kl' # of divergence, see loss_kind
     seconds:dict = dataclasses.field(default_factory=dict) # phase -> seconds
 
     def timed(self, name, f, *args, **kwargs):
@@ -155,7 +156,7 @@ class _Coding:
         "Round to the size; tensors for the state."
         parts,bars = _parts(self.model, self.filter_fn), self.run.progress
         costs = self.timed('costs', measure_costs, _wide(self.model), self.batches, parts,
-                           self.run.seed, progress=bars)
+                           self.run.seed, bars, self.kind)
         rows = expert_rows(self.model, self.batches)
         gone = complete_costs(self.model, parts, costs, rows)
         rounder = Rounder(self.model, parts, costs)
@@ -169,8 +170,7 @@ class _Coding:
     def distil(self, start, epochs, state):
         "Distil the rounded model; the model, its codes, and the divergences."
         student,follow = start.put(copy.deepcopy(_wide(self.model))), _wide(self.teacher)
-        with torch.no_grad(): kind = loss_kind(follow, feed(follow, self.batches[0]))
-        teacher = Teacher(follow, self.batches, kind)
+        teacher = Teacher(follow, self.batches, self.kind)
         return student, *distill_codes(student, teacher, start, Distillation(epochs), self.run,
                                        state)
 
@@ -264,7 +264,8 @@ def code_model(
     here = share_tensors(model, run.device)
     whom = 'itself' if teacher is None else 'given'
     follow = here if teacher is None else share_tensors(teacher, run.device)
-    job = _Coding(here, follow, batches, nbytes, run, filter_fn)
+    with torch.no_grad(): kind = loss_kind(follow, feed(follow, batches[0]), batches[0])
+    job = _Coding(here, follow, batches, nbytes, run, filter_fn, kind)
     epochs,notes,expected,depends = _look_ahead(job, model, distill_epochs, teacher)
     if tell: tell(expected, epochs)
     with open_state(run.state, depends, batches, run.resume) as state:

@@ -43,6 +43,7 @@ def find_parts(
     "The parameters of `model` that are coded."
     found = {}
     for path,m in model.named_modules():
+        if hasattr(m, 'create_weight'): continue # a table that transformers makes anew on loading
         for k,p in m.named_parameters(recurse=False):
             least = 1 if isinstance(m, FactorLinear) else SMALL # factors are coded as a whole
             if p.ndim < 2 or p.numel() < least or not p.is_floating_point(): continue
@@ -118,8 +119,8 @@ class _Sums:
     def rows(self, X, G2):
         "Add inputs and squared gradients of a linear layer, one position in each row."
         w = G2.sum(1)
-        if not (mean := w.mean()) > 0: return
-        w = (1 - PLAIN)*w/mean + PLAIN*(w > 0)
+        if not (counts := w > 0).any(): return # padding does not count, nor what changes nothing
+        w = (1 - PLAIN)*w/w[counts].mean() + PLAIN*counts
         self.C.add_(X.T@(w[:,None]*X))
         self.g,self.n = self.g + G2.sum(0), self.n + w.sum()
 
@@ -227,6 +228,7 @@ def measure_costs(
     parts:list, # from find_parts
     seed:int=0, # of the labels that are drawn
     progress:bool=False, # bar on stderr
+    kind:str|None=None, # of divergence; None asks loss_kind
 ) -> dict: # name of the part -> Cost; parts that no output depends on are left out
     "What errors in the parts of `model` cost, in one pass forward and backward over `batches`."
     uses = {u: p for p in parts for u in p.uses}
@@ -238,12 +240,12 @@ def measure_costs(
     others = {p.name: model.get_parameter(p.name) for (path,_),p in uses.items()
               if path not in layers and not idle(path, p)}
     for name,p in others.items(): feelers.sums[name] = _Sums(None, p)
-    g,kind,n,was = torch.Generator().manual_seed(seed), None, 0, model.training
+    g,n,was = torch.Generator().manual_seed(seed), 0, model.training
     try:
         model.eval()
         with learning(model, list(others.values())):
             for b in tqdm(batches, desc='costs', disable=not progress, leave=False):
-                if kind is None: kind = loss_kind(model, feed(model, b))
+                if kind is None: kind = loss_kind(model, feed(model, b), b)
                 n += feelers.backward(model, b, kind, g)
                 for name,p in others.items():
                     if p.grad is not None: feelers.sums[name].entries(_squared(p.grad))
