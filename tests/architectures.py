@@ -16,7 +16,6 @@ class Case:
     side: int = 8 # of an image
     said: str = "" # part of the sentence that refuses the MLPs; "" where they work
     attention: bool = True # whether targets='attn' works
-    idle: tuple = () # matrices that no output depends on
     known: str = "" # by which name of its own a variant goes
     inputs: tuple = () # keys of a batch that is a dict
     parts: tuple = () # of timm: module, class and arguments of a smaller model of the same parts
@@ -166,7 +165,6 @@ def encoder(name, args=ENCODER, **kw):
     return Case(f"{name}Model", args, f"{name}Config", **kw)
 
 
-POOLER = ("pooler.dense.weight",)
 TRANSFORMERS = [
     causal("Llama"), causal("Mistral"), causal("Qwen2"), causal("Qwen3", HEAD),
     causal("Gemma", HEAD), causal("Gemma2", HEAD), causal("Gemma3", HEAD, "Gemma3TextConfig"),
@@ -176,10 +174,10 @@ TRANSFORMERS = [
     causal("OPT", OPT), causal("Olmo2"), causal("SmolLM3", LM | dict(no_rope_layers=[1, 1])),
     causal("Granite"), causal("Starcoder2"), causal("StableLm"), causal("Cohere"),
     causal("Glm4", HEAD),
-    encoder("Bert", idle=POOLER),
-    encoder("Roberta", ENCODER | dict(max_position_embeddings=80), idle=POOLER),
+    encoder("Bert"),
+    encoder("Roberta", ENCODER | dict(max_position_embeddings=80)),
     encoder("DistilBert", DISTIL), encoder("Electra", ENCODER | dict(embedding_size=32)),
-    encoder("ModernBert"), encoder("MPNet", idle=POOLER),
+    encoder("ModernBert"), encoder("MPNet"),
 ]
 BODY = dict(hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4)
 SEEN = BODY | dict(image_size=8, patch_size=4)
@@ -212,9 +210,7 @@ TRANSFORMERS += [
     sees("Swin", dict(image_size=16, patch_size=2, window_size=4, embed_dim=32, depths=[1, 1],
                       num_heads=[2, 2]), side=16),
     Case("DINOv3ViTModel", SEEN, "DINOv3ViTConfig", inputs=PIXELS),
-    Case("SiglipVisionModel", SEEN, "SiglipVisionConfig", inputs=PIXELS, attention=False,
-         idle=tuple(f"head.{k}" for k in ("attention.in_proj_weight", "attention.out_proj.weight",
-                                          "mlp.fc1.weight", "mlp.fc2.weight"))),
+    Case("SiglipVisionModel", SEEN, "SiglipVisionConfig", inputs=PIXELS, attention=False),
     Case("SiglipModel", TOWERS, "SiglipConfig", inputs=BOTH, attention=False),
     Case("CLIPModel", TOWERS, "CLIPConfig", inputs=BOTH),
     Case("CLIPVisionModelWithProjection", SEEN | dict(projection_dim=32), "CLIPVisionConfig",
@@ -242,7 +238,7 @@ def found(case):
     model, out = case.make(), {}
     for targets, works in (("mlp", not case.said), ("attn", case.attention)):
         out[targets] = len(find_modules(model, targets)) if works else None
-    return out | dict(rounding=len(find_parts(model)) - len(case.idle))
+    return out | dict(rounding=len(find_parts(model)))
 
 
 def refusal(case):

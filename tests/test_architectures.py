@@ -1,18 +1,22 @@
 """Every architecture that the page lists: what is found in it, exactness, rounding, its folder."""
 import json
 import math
+import re
 from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
 import torch
 
-from architectures import LM, REFUSED, TORCH, WORK, causal, refusal
-from fips_nb.store.hub import load, save
+import transformers
+from architectures import BARTS, LM, PAIR, PIXELS, REFUSED, SEEN, TORCH, WORK, Case, causal, refusal
+from fips_nb.measure.accuracy import output_similarity
+from fips_nb.store.hub import export, load, save
 from fips_nb.round.code import code_model
-from fips_nb.round.costs import expert_rows, find_parts
+from fips_nb.round.costs import expert_rows, find_parts, measure_costs
 from fips_nb.round.sizes import stored_bytes
 from fips_nb.share.budgets import GroupPlan
+from fips_nb.share.statistics import collect_moments
 from fips_nb.learn.distillation import predict
 from fips_nb.share.pipeline import compress
 from fips_nb.grouping import find_modules, group_modules
@@ -79,8 +83,7 @@ def rounded(case, model, bits, n=2, spare=1.):
     """`model` with at most so many bits for each entry that is coded.
 
     Where all the room may stay unused, the search for a step ends at the first that fits."""
-    parts = [p for p in find_parts(model) if p.name not in case.idle]
-    sizes = {p.name: math.ceil(bits/8*math.prod(p.shape)) for p in parts}
+    sizes = {p.name: math.ceil(bits/8*math.prod(p.shape)) for p in find_parts(model)}
     with patch("fips_nb.round.sizes.SPARE_BYTES", spare):
         return code_model(model, case.batches(n), stored_bytes(model, sizes), 0)
 
@@ -99,7 +102,7 @@ def distance(case, model, res):
 def test_rounding(case):
     model = case.small()
     res = rounded(case, model, 10)
-    assert res.model.fips_codes.keys() == {p.name for p in find_parts(model)} - set(case.idle)
+    assert res.model.fips_codes.keys() == {p.name for p in find_parts(model)}
     assert 0 < distance(case, model, res) < .03
 
 
@@ -155,6 +158,93 @@ def test_experts_in_a_list_that_are_never_asked_are_rounded_like_the_others():
     assert .8 < wrong[2]/wrong[0] < 1.25 and name(2) in res.model.fips_codes
 
 
+NAMED = dict(BertModel="pooler", SiglipVisionModel="head")
+
+
+@pytest.mark.parametrize("case", [c for c in WORK if c.title in NAMED], ids=lambda c: c.title)
+def test_what_no_output_depends_on_is_named_before_the_work_and_rounded_like_the_rest(case):
+    said = f"depends on {NAMED[case.title]} ("
+    with pytest.warns(UserWarning, match=re.escape(said)): res = rounded(case, case.make(), 6, spare=.03)
+    assert any(said in n for n in res.report["notes"])
+    bits = {x["name"]: x["bits"] for x in res.report["layers"]}
+    unseen = [v for k, v in bits.items() if k.startswith(("pooler", "head"))]
+    assert all(.6 < v/(sum(bits.values())/len(bits)) < 1.4 for v in unseen)
+
+
+def test_fewer_tokens_than_inputs_are_told_before_the_work_and_padding_is_none():
+    model, text = causal("Llama").make(), torch.randint(3, 90, (2, 30))
+    coded = lambda batch: code_model(model, [batch], 5*sum(p.numel() for p in model.parameters())//8, 0)
+    with pytest.warns(UserWarning, match=r"linears, such as .*down_proj, have more inputs \(80\)"):
+        notes = coded(text).report["notes"]
+    assert any("more inputs (80) than calibration has rows (60)" in n for n in notes)
+    twice = torch.cat([text, text], 1)
+    assert not any("more inputs" in n for n in coded(twice).report["notes"])
+    mask = (torch.arange(60) >= 30).long().expand(2, 60)
+    padded = coded(dict(input_ids=twice, attention_mask=mask))
+    assert any("calibration has rows (60)" in n for n in padded.report["notes"])
+
+
+def test_tables_that_transformers_makes_anew_are_not_coded(tmp_path):
+    case = Case("MarianMTModel", BARTS, "MarianConfig", inputs=PAIR)
+    res, x = rounded(case, case.make(), 8), case.batches()[0]
+    assert not any("positions" in k for k in res.model.fips_codes)
+    plain = export(save(res.model, tmp_path/"small"), tmp_path/"plain")
+    fresh = transformers.MarianMTModel.from_pretrained(plain).eval()
+    want = load(tmp_path/"small")
+    for half in ("encoder", "decoder"):
+        table = getattr(want.model, half).embed_positions
+        table.weight.data.copy_(table.create_weight())
+    torch.testing.assert_close(outputs(fresh, x), outputs(want, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["dense", "int8", "coded"])
+def test_another_default_dtype_does_not_change_what_is_read(mode, tmp_path):
+    case = causal("Llama")
+    res, x = rounded(case, case.make(), 6), case.batches()[0]
+    want = load(save(res.model, tmp_path/"small"), mode=mode)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        got = load(tmp_path/"small", mode=mode)
+        assert torch.equal(outputs(got, x), outputs(want, x)) or mode == "int8"
+    finally: torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(outputs(got, x), outputs(want, x), rtol=.02, atol=.02)
+
+
+def test_masks_that_a_model_draws_are_the_same_each_time():
+    case = Case("ViTMAEModel", SEEN, "ViTMAEConfig", inputs=PIXELS)
+    model, x, state = case.make(), case.batches()[0], torch.get_rng_state()
+    assert torch.equal(outputs(model, x), outputs(model, x)) and torch.equal(torch.get_rng_state(), state)
+    assert output_similarity(model, [x], model)["least_cosine"] > .9999
+
+
+class TwoTowers(torch.nn.Module):
+    "Images take another way than texts, and nobody gives any."
+    num_classes = 40
+
+    def __init__(self):
+        super().__init__()
+        self.text, self.head = torch.nn.Linear(32, 64), torch.nn.Linear(64, 40)
+        self.tower = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Linear(64, 64))
+
+    def forward(self, x, image=None):
+        return self.head(self.text(x) + (0 if image is None else self.tower(image)))
+
+
+def test_a_tower_that_calibration_never_reaches_is_rounded_and_not_worn_down():
+    torch.manual_seed(0)
+    model, alone = TwoTowers().eval(), [dict(x=x) for x in torch.randn(8, 64, 32)]
+    model.tower[0].weight.data *= 50 # no matter how large its weights are
+    n = sum(p.numel() for p in model.parameters())
+    with pytest.warns(UserWarning, match=r"depends on tower \(.*% of the parameters\)"):
+        first, res = (code_model(model, alone, 5*n//8, epochs) for epochs in (0, 4))
+    for k in ("tower.0.weight", "tower.2.weight"):
+        W = model.get_parameter(k)
+        assert 0 < (res.model.get_parameter(k) - W).norm() < .15*W.norm()
+        assert torch.equal(res.model.get_parameter(k), first.model.get_parameter(k)) # distilled as it was
+    both = [*alone[1:], alone[0] | dict(image=torch.randn(64, 32))] # one batch is enough
+    assert not any("tower" in n for n in code_model(model, both, 5*n//8, 0).report["notes"])
+
+
 FOLDERS = ("vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "convnext_tiny", "ViTForImageClassification",
            "DINOv3ViTModel", "CLIPModel", "T5ForConditionalGeneration", "WhisperForConditionalGeneration",
            "GPT2LMHeadModel", "BertModel", "MixtralForCausalLM", "Qwen3MoeForCausalLM", "MambaForCausalLM",
@@ -207,3 +297,60 @@ def test_masks_of_padding_are_those_of_the_decoder():
     assert predict(case.make(), batch).shape == (2, 16, 96)
     batch["decoder_attention_mask"] = batch["attention_mask"].flip(0)
     assert predict(case.make(), batch).shape == (9 + 16, 96)
+
+
+@pytest.mark.parametrize("title", ["LlamaForCausalLM", "BertModel", "T5ForConditionalGeneration"])
+def test_padding_counts_in_no_statistics(title):
+    case = next(c for c in WORK if c.title == title)
+    model, x = case.make(), torch.randint(3, 90, (2, 24), generator=torch.Generator().manual_seed(0))
+    ones = torch.ones(2, 24, dtype=torch.long)
+    longer = lambda t: torch.nn.functional.pad(t, (0, 16)) # with token 0
+    plain, padded = dict(input_ids=x, attention_mask=ones), dict(input_ids=longer(x), attention_mask=longer(ones))
+    for b in (plain, padded) if title.startswith("T5") else (): b["decoder_input_ids"] = x[:, :12]
+    parts = find_parts(model)
+    want, got = (measure_costs(model, [b], parts) for b in (plain, padded))
+    assert want.keys() == got.keys()
+    for k in want.keys() - {"lm_head.weight"}: # whose gradients are drawn where there is padding
+        for at in ("C", "g"):
+            a, b = getattr(want[k], at), getattr(got[k], at)
+            torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4*a.abs().max().item(), msg=lambda m: f"{k}.{at}: {m}")
+    linears = [l for m in find_modules(model) for l in m.linears]
+    want, got = (collect_moments(model, [b], linears) for b in (plain, padded))
+    for k in want:
+        torch.testing.assert_close(got[k].C, want[k].C, rtol=1e-3, atol=1e-5)
+        assert got[k].n == want[k].n
+
+
+class Towers(torch.nn.Module):
+    "Twelve layers of odd widths, of which the second and its inputs are dead."
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Linear(7, 161)
+        self.layers = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(161, 33), torch.nn.ReLU(),
+                                                              torch.nn.Linear(33, 161)) for _ in range(12))
+        self.layers[1][0].bias.data.fill_(-100.) # no input of the next linear ever fires
+
+    def forward(self, x):
+        x = self.first(x)
+        for f in self.layers: x = x + f(x)
+        return x
+
+
+def test_dead_inputs_and_odd_widths(tmp_path):
+    torch.manual_seed(0)
+    model, x = Towers().eval(), torch.randn(4, 32, 7)
+    x[..., 3] = 0 # never fires
+    n = sum(p.numel() for p in model.parameters())
+    with pytest.warns(UserWarning) as said: both = [code_model(model, list(x), 5*n//8, 1) for _ in range(2)]
+    keys = {p.name for p in find_parts(model)}
+    for res in both: # the same each time, and nothing is left out
+        assert res.model.fips_codes.keys() == keys
+        assert all(p.isfinite().all() for p in res.model.parameters())
+        assert any("depends on layers.1.0 (" in note for note in res.report["notes"])
+        assert not any("layers.10" in note for note in res.report["notes"])
+    for k in keys: assert torch.equal(both[0].model.fips_codes[k], both[1].model.fips_codes[k])
+    folder = save(both[0].model, tmp_path/"small")
+    assert (folder/"model.safetensors").stat().st_size <= 5*n//8
+    assert (both[0].model(x) - model(x)).norm() < .2*model(x).norm()
+    some = code_model(model, list(x), 15.5*n//8, 0, filter_fn=lambda name, m: name.startswith("layers.1."))
+    assert some.model.fips_codes.keys() == {"layers.1.0.weight", "layers.1.2.weight"}

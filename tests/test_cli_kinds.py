@@ -128,3 +128,35 @@ def test_labels_are_those_of_the_model(home):
 
 def test_captions_may_be_the_names_of_classes(home, fips, short):
     assert fips.json(f"compress {home/'clip'} --out x --data {home/'images'} --n 9 --method svd")["n"] == 9
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fp8", "mxfp4", "compressed-tensors"])
+def test_checkpoints_of_other_formats_are_refused_by_name(method, home, tmp_path):
+    from fips_nb import compress, evaluate, info, load
+    shutil.copytree(home/"llama", folder := tmp_path/"m")
+    config = json.loads((folder/"config.json").read_text())
+    (folder/"config.json").write_text(json.dumps(config | dict(quantization_config=dict(quant_method=method, bits=4))))
+    for f in (compress, evaluate, info, load):
+        with pytest.raises(ValueError, match=f"quantised already, in the format '{method}'; take the model that it was made of"):
+            f(str(folder))
+
+
+def test_adapters_and_gguf_files_are_refused_by_name(home, tmp_path):
+    from fips_nb import compress, info, load
+    (tmp_path/"a").mkdir()
+    (tmp_path/"a/adapter_config.json").write_text("{}")
+    (tmp_path/"m.gguf").write_bytes(b"GGUF")
+    for f in (compress, info, load):
+        with pytest.raises(ValueError, match="holds an adapter of PEFT"): f(str(tmp_path/"a"))
+        with pytest.raises(ValueError, match="is of the format GGUF"): f(str(tmp_path/"m.gguf"))
+
+
+def test_a_sentence_encoder_whose_config_names_a_head_that_its_file_has_not(home, tmp_path):
+    "As the most used one is shipped."
+    from fips_nb.data.models import open_any
+    shutil.copytree(home/"sentences", folder := tmp_path/"m")
+    config = json.loads((folder/"config.json").read_text())
+    (folder/"config.json").write_text(json.dumps(config | dict(architectures=["BertForMaskedLM"])))
+    assert type(open_any(str(folder)).model).__name__ == "BertModel"
+    (folder/"modules.json").unlink()
+    with pytest.raises(ValueError, match="lack 6 tensors of BertForMaskedLM"): open_any(str(folder))

@@ -237,3 +237,16 @@ def test_real_images():
     transform = transform_for(timm.create_model("vit_tiny_patch16_224"))
     x, y = next(iter(ImageBatches(items, transform, n=4)))
     assert x.shape == (4, 3, 224, 224) and -1 <= x.min() < -.5 and .5 < x.max() <= 1
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_photos_are_turned_upright(turn, tmp_path):
+    photo = Image.new("RGB", (6, 4))
+    photo.putpixel((0, 0), (255, 0, 0))
+    back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4} # what a camera does to a photo that is kept so
+    turned = photo if turn == 1 else photo.transpose(back[turn])
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    turned.save(tmp_path/"photo.png", exif=exif)
+    with Image.open(tmp_path/"photo.png") as image: upright = eight_bits(image).copy()
+    assert upright.size == (6, 4) and upright.getpixel((0, 0)) == (255, 0, 0)

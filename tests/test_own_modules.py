@@ -262,3 +262,24 @@ def test_a_class_is_never_looked_up(folder, tmp_path):
     (folder/"config.json").write_text(json.dumps(c | dict(module="os.system")))
     with pytest.raises(ValueError, match="class 'os.system'"): load(folder)
     assert load(folder, model=Net()).fips_config["module"] == "os.system"
+
+
+def regressor(n, **kw):
+    "A network with `n` numbers as outputs, far from logits."
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(40, 64), nn.ReLU(), nn.Linear(64, n)).eval()
+    net[2].weight.data.mul_(20)
+    for k, v in kw.items(): setattr(net, k, v)
+    return net
+
+
+@pytest.mark.parametrize("n", [1, 6])
+def test_targets_that_are_numbers_make_a_regression(n):
+    x, y = torch.randn(2, 8, 32, 40).unbind()
+    net, told = regressor(n), regressor(n, num_classes=0)
+    got = code_model(net, list(zip(x, net(x).detach())), 2200, 2)
+    want = code_model(told, list(x), 2200, 2)
+    assert got.report["divergences"] == want.report["divergences"]
+    for k in got.model.fips_codes: assert torch.equal(got.model.fips_codes[k], want.model.fips_codes[k])
+    bare = code_model(net, list(x), 2200, 2) # one output is no class either way
+    assert (bare.report["divergences"] == got.report["divergences"]) == (n == 1)

@@ -9,13 +9,17 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (AutoModelForCausalLM, BertConfig, BertForMaskedLM, BertModel,
                           Gemma2Config, GPT2Config, LlamaConfig, OPTConfig,
-                          PreTrainedTokenizerFast, Qwen2Config, ViTConfig,
+                          PreTrainedConfig, PreTrainedTokenizerFast, Qwen2Config, ViTConfig,
                           ViTForImageClassification)
 
+from fips_nb.learn.augmentation import own_text
 from fips_nb.measure.evaluation import evaluate
+from fips_nb.data.calibration import given_batches
+from fips_nb.round.code import code_model
+from fips_nb.store.hub import load, save
 from fips_nb.measure.tasks import evaluate_tasks, repetition, samples
 from fips_nb.data.text import (TextBatches, context_length, documents, enough_windows,
-                               open_tokenizer, pick_windows, tokenize)
+                               open_tokenizer, pick_windows, tokenize, window_length)
 from fips_nb.measure.perplexity import cosine_similarity, perplexity, window_sums
 
 DATA = os.environ.get("FIPS_NB_DATA")
@@ -188,8 +192,9 @@ def test_conversations_that_are_refused(tok):
         tokenize([TALK, [dict(role="system", content="x")]], t, chat=True)
     with refused("has no chat template"):
         TextBatches([TALK], tok, 4, n=1, chat=True)
-    with refused("conversations need chat=True"):
-        tokenize([TALK], t)
+    with refused("texts and conversations are not mixed"):
+        tokenize(["a text", TALK], t)
+    assert torch.equal(tokenize([TALK], t)[0], tokenize([TALK], t, chat=True)[0])
 
 
 def test_no_tokenizer_in_the_folder(tmp_path, model):
@@ -214,6 +219,13 @@ def test_windows_do_not_overlap(n_tokens, length, n):
         w = pick_windows(n_tokens, length, n, seed)
         assert len(w) == (n or 2) and w[0] >= 0 and w[-1] + length <= n_tokens
         assert all(b - a >= length for a, b in zip(w, w[1:]))
+
+
+def test_a_context_that_is_none():
+    "XLNet says -1."
+    odd = torch.nn.Module()
+    odd.config = PreTrainedConfig(max_position_embeddings=-1)
+    assert context_length(odd) is None and window_length(odd, 64) == 64 and window_length(odd) == 2048
 
 
 def test_windows_are_uniform():
@@ -523,6 +535,35 @@ def test_the_models_own_settings_are_put_back(tok):
     assert m.generation_config is own and m.training
 
 
+@pytest.mark.parametrize("settings", [
+    dict(temperature=.3), dict(top_p=.5), dict(min_p=.1), dict(repetition_penalty=2.), dict(no_repeat_ngram_size=1),
+    dict(num_return_sequences=3, do_sample=True), dict(num_beams=2), dict(return_dict_in_generate=True, output_scores=True),
+    dict(stop_strings=["a"]), dict(suppress_tokens=[5, 6]), dict(begin_suppress_tokens=[3, 4]), dict(max_time=1e-4),
+    dict(sequence_bias=[[[5], 9.]]), dict(guidance_scale=2.), dict(cache_implementation="static")], ids=str)
+def test_text_of_its_own_takes_no_settings_of_the_model(model, settings):
+    m, windows = llama(), torch.randint(1, 300, (3, 12), generator=torch.Generator().manual_seed(0))
+    m.load_state_dict(model.state_dict())
+    def text():
+        torch.manual_seed(0)
+        return own_text(m, windows)
+    want, own = text(), m.generation_config
+    own.update(**settings)
+    assert torch.equal(text(), want) and m.generation_config is own
+
+
+def test_invalid_settings_of_generation_do_not_stop_a_save(tmp_path):
+    llama().save_pretrained(tmp_path/"dense")
+    settings = dict(do_sample=False, temperature=.6, top_p=.9, eos_token_id=0)
+    (tmp_path/"dense"/"generation_config.json").write_text(json.dumps(settings))
+    m = AutoModelForCausalLM.from_pretrained(tmp_path/"dense").eval()
+    n = sum(p.numel() for p in m.parameters())
+    res = code_model(m, list(torch.randint(1, 300, (4, 2, 48))), 6*n//8, 0)
+    folder = save(res.model, tmp_path/"small")
+    kept = json.loads((folder/"generation_config.json").read_text())
+    assert {k: kept[k] for k in settings} == settings
+    assert load(folder).generation_config.temperature == .6
+
+
 @pytest.mark.parametrize("tokens, n, want", [
     ([], 4, 0.), ([1, 2, 3], 4, 0.), ([1, 2, 3, 4], 4, 0.), ([1]*7, 4, .75),
     ([1, 2, 3]*4, 3, 1 - 3/10),
@@ -626,3 +667,39 @@ def test_real_task(tmp_path, offline, stories):
     write_task(tmp_path, [(s, [e, cut[(i + 1) % len(cut)][1]]) for i, (s, e) in enumerate(cut)])
     got = evaluate_tasks(m, t, ["cloze"], folder=tmp_path)["cloze"]
     assert got["acc"] > .8 and got["n"] == len(docs)
+
+
+def test_rows_of_files_are_parsed(tmp_path):
+    "Text never keeps the syntax of its file, and conversations are found without being announced."
+    said = ["one", "two\nlines"]
+    chat = [[dict(role="user", content=s)] for s in said]
+    (tmp_path/"a.jsonl").write_text("\n".join(json.dumps(dict(messages=m)) for m in chat))
+    (tmp_path/"b.json").write_text(json.dumps([dict(text=s, n=1) for s in said]))
+    (tmp_path/"c.json").write_text(json.dumps(said))
+    (tmp_path/"d.csv").write_text('id,text\n1,one\n2,"two\nlines"\n')
+    assert documents(tmp_path/"a.jsonl") == chat
+    for name in ("b.json", "c.json", "d.csv"): assert documents(tmp_path/name) == said
+    (tmp_path/"e.json").write_text('{"text": "one"}')
+    with pytest.raises(ValueError, match="e.json is no list of texts"): documents(tmp_path/"e.json")
+    (tmp_path/"f.csv").write_text("id,body\n1,one\n")
+    with pytest.raises(ValueError, match="no column 'text'; there are id, body"): documents(tmp_path/"f.csv")
+    pyarrow = pytest.importorskip("pyarrow") # comes with datasets, of the test extra
+    from pyarrow import parquet
+    parquet.write_table(pyarrow.table(dict(text=said)), tmp_path/"g.parquet")
+    assert documents(tmp_path/"g.parquet") == said
+
+
+def test_rows_of_token_ids_are_batches():
+    rows = [dict(input_ids=[1, 2, 3]), dict(input_ids=[4, 5, 6]), dict(input_ids=[7])]
+    batches, n = given_batches(rows, 2)
+    assert n == 3 and batches[0].tolist() == [[1, 2, 3], [4, 5, 6]] and batches[1].tolist() == [[7]]
+    (padded,), _ = given_batches(rows, 3)
+    assert padded["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 1], [1, 0, 0]]
+    assert padded["input_ids"].tolist() == [[1, 2, 3], [4, 5, 6], [7, 0, 0]]
+
+
+def test_strings_without_a_tokenizer_are_refused_by_its_name(home):
+    import fips_nb
+    from transformers import AutoModelForCausalLM
+    with pytest.raises(ValueError, match="read with its tokenizer; pass that as processor="):
+        fips_nb.compress(AutoModelForCausalLM.from_pretrained(home/"llama"), ["some text"])

@@ -7,8 +7,10 @@ __all__ = ['ENDLESS', 'is_source', 'given_batches']
 
 # %% ../../nbs/data/calibration.ipynb #08b-004
 from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 import torch
+from torch import nn
 from ..share.statistics import first_tensor
 
 # %% ../../nbs/data/calibration.ipynb #08b-011
@@ -16,7 +18,8 @@ def is_source(
     data, # what somebody passes as calibration data
 ) -> bool: # whether a reader makes batches of it, see image_batches and text_batches
     "Tell data that have to be read from batches."
-    if data is None or isinstance(data, (str, Path)) or hasattr(data, 'column_names'): return True
+    if data is None or isinstance(data, (str, Path)): return True
+    if hasattr(data, 'column_names'): return 'input_ids' not in (data.column_names or ())
     if not isinstance(data, (list, tuple)) or not data: return False
     first = data[0]
     if isinstance(first, dict): return 'image' in first or isinstance(first.get('text'), str)
@@ -41,6 +44,23 @@ def _whole(data, batch_size):
     return [_each(data, lambda t: t[i:i+batch_size]) for i in range(0, n, batch_size)]
 
 # %% ../../nbs/data/calibration.ipynb #08b-022
+def _tokenised(data):
+    "Whether `data` are rows of token ids, as a tokenizer makes them."
+    rows = hasattr(data, '__getitem__') and hasattr(data, '__len__') and len(data)
+    first = data[0] if rows else None
+    return isinstance(first, Mapping) and isinstance(first.get('input_ids'), list)
+
+def _padded(rows, batch_size):
+    "Batches of such rows, padded where their lengths differ."
+    out = []
+    for i in range(0, len(rows), batch_size):
+        ids = [torch.tensor(r['input_ids']) for r in rows[i:i+batch_size]]
+        x = nn.utils.rnn.pad_sequence(ids, batch_first=True)
+        n = torch.tensor([len(t) for t in ids])
+        mask = (torch.arange(x.shape[1]) < n[:,None]).long()
+        out.append(x if mask.all() else dict(input_ids=x, attention_mask=mask))
+    return out
+
 def given_batches(
     data, # tensor, array, dict of tensors, loader, list, iterator, or a function that gives one
     batch_size:int=8, # rows at a time, of a tensor or of a dict of tensors
@@ -50,6 +70,7 @@ def given_batches(
     if isinstance(data, Callable) and not isinstance(data, Iterable): data = data()
     if type(data).__module__ == 'numpy': data = torch.from_numpy(data)
     if torch.is_tensor(data) or isinstance(data, Mapping): data = _whole(data, batch_size)
+    elif _tokenised(data): data = _padded(list(data if n is None else islice(data, n)), batch_size)
     if not isinstance(data, Iterable):
         raise ValueError(f"calibration data is a {type(data).__name__}; pass a path, a "
                          "tensor, a list of batches, a loader, or a function that gives batches")

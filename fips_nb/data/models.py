@@ -145,7 +145,9 @@ def in_transformers(
     name:str, # of a model, or a folder
 ) -> bool: # False for timm models and for folders of them
     "Tell whether `name` is a model of transformers."
+    from fips_nb.store.format import check_foreign
     path = Path(name)
+    check_foreign(path)
     if not path.is_dir():
         owned = name.count('/') == 1 and name[0] not in '.~/' and not path.parent.is_dir()
         return name == 'demo-llm' or owned
@@ -171,10 +173,13 @@ def _in_one_line(name):
 def _class_of(name):
     "The configuration of a model of transformers, and the class that it names."
     import transformers as tf
+    from fips_nb.store.beside import sentence_modules
     from fips_nb.store.format import check_plain
     check_plain(tf.PreTrainedConfig.get_config_dict(name)[0], name)
     config = tf.AutoConfig.from_pretrained(name, trust_remote_code=False)
-    cls = getattr(tf, str(next(iter(config.architectures or ()), '')), None)
+    named = str(next(iter(config.architectures or ()), ''))
+    cls = getattr(tf, named, None)
+    if named.endswith('ForMaskedLM') and sentence_modules(name): cls = None # no head is stored
     if not (isinstance(cls, type) and issubclass(cls, tf.PreTrainedModel)):
         cls = tf.MODEL_MAPPING[type(config)]
     return config, cls
@@ -394,5 +399,8 @@ def read_batches(
     **reading, # fields of Reading
 ): # re-iterable batches, as the model takes them
     "Read data of the kind that the model takes."
+    if opened.processor is None and opened.kind != 'images':
+        raise ValueError(f"data for a {type(opened.model).__name__} are read with its tokenizer; "
+                         "pass that as processor=, or pass batches of tensors")
     readers = dict(images=image_batches, captions=caption_batches)
     return readers.get(opened.kind, text_batches)(opened, path, **reading)

@@ -9,9 +9,9 @@ __all__ = ['documents', 'render_chats', 'check_documents', 'tokenize', 'open_tok
            'decoder_start', 'cut_pair', 'PairBatches']
 
 # %% ../../nbs/data/text.ipynb #06-003
-import inspect, io, os
+import csv, inspect, io, os
 from dataclasses import dataclass, fields
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 import torch
 from torch import nn
@@ -34,14 +34,33 @@ def _from_json(path, column):
     for i,line in enumerate(_text_of(path).split('\n'), 1):
         if not line.strip(): continue
         row = parse_json(line, f'line {i} of {path}')
-        if not isinstance(row, dict) or column not in row:
+        if not isinstance(row, dict) or (found := _found_column(row, column)) is None:
             raise ValueError(f"line {i} of {path} is no JSON object with {column!r}: {line:.80}")
-        rows.append(row[column])
+        rows.append(row[found])
     return rows
+
+def _from_array(path, column):
+    "The strings of a .json file, or the field `column` of its objects."
+    rows = parse_json(_text_of(path), path)
+    if isinstance(rows, list) and rows and all(isinstance(r, str) for r in rows): return rows
+    if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
+        raise ValueError(f"{path} is no list of texts, or of objects with {column!r}")
+    return list(_rows(rows, column))
+
+def _from_table(path, column):
+    "The column of a .csv or .parquet file."
+    if path.suffix == '.csv':
+        return list(_rows(csv.DictReader(io.StringIO(_text_of(path), newline='')), column))
+    try: from pyarrow import parquet
+    except ImportError as e:
+        raise ImportError(f"{path} is read with pyarrow ({e}): pip install pyarrow") from e
+    return list(_rows(parquet.read_table(path).to_pylist(), column))
 
 def _from_file(path, column, lines):
     "Documents of one file."
     if path.suffix == '.jsonl': return _from_json(path, column)
+    if path.suffix == '.json': return _from_array(path, column)
+    if path.suffix in ('.csv', '.parquet'): return _from_table(path, column)
     text = _text_of(path)
     if lines: return [l if l.strip() else '' for l in io.StringIO(text)]
     parts = text.split('<|endoftext|>')
@@ -62,24 +81,27 @@ def _from_path(path, column, lines):
     return [d for f in files for d in _from_file(f, column, lines)]
 
 # %% ../../nbs/data/text.ipynb #06-010
+def _found_column(names, column):
+    "The column of text among `names`, or of conversations where there is no text."
+    return column if column in names else 'messages' if (
+        column == 'text' and 'messages' in names) else None
+
 def _need_column(names, column):
-    "Refuse a `column` that is not among `names`."
-    if column in names: return
+    "The column, or a refusal if it is not among `names`."
+    if (found := _found_column(names, column)) is not None: return found
     raise ValueError(f"there is no column {column!r}; there are {', '.join(map(str, names))} "
                      "(name one with column=...)")
 
 def _rows(rows, column):
     "The column of each of `rows`, one at a time."
-    for r in rows:
-        _need_column(r, column)
-        yield r[column]
+    for r in rows: yield r[_need_column(r, column)]
 
 def _from_dataset(data, column):
     "The column of a dataset, kept indexable where it is."
     if isinstance(data, dict):
         raise ValueError(f"this is a dict of {', '.join(map(str, data))}; pass one of its splits, "
                          f"such as data[{next(iter(data), 'train')!r}]")
-    if data.column_names is not None: _need_column(data.column_names, column)
+    if data.column_names is not None: column = _need_column(data.column_names, column)
     return data[column] if hasattr(data, '__len__') else _rows(data, column)
 
 # %% ../../nbs/data/text.ipynb #04c-c006
@@ -111,7 +133,7 @@ def render_chats(
     "Render each conversation of `docs` as text."
     if not getattr(tokenizer, 'chat_template', None):
         raise ValueError(f"{type(tokenizer).__name__} has no chat template; set "
-                         "tokenizer.chat_template, or pass the text without chat=True")
+                         "tokenizer.chat_template, or pass texts instead of conversations")
     for i,messages in enumerate(docs):
         try: yield tokenizer.apply_chat_template(messages, tokenize=False, **options)
         except Exception as e:
@@ -123,7 +145,7 @@ def check_documents(
 ): # the same, one after the other
     "Refuse a document that is no string."
     for i,d in enumerate(docs):
-        hint = "; conversations need chat=True" if isinstance(d, list) else ""
+        hint = "; texts and conversations are not mixed" if isinstance(d, list) else ""
         if not isinstance(d, str): raise ValueError(f"document {i} is no text but {d!r:.80}{hint}")
         yield d
 
@@ -141,6 +163,9 @@ def tokenize(
     most:int|None=None, # stop after the document that reaches so many tokens
 ) -> tuple[torch.Tensor,int]: # tokens (n,), and bytes of the text in UTF-8
     "Encode `docs` as one row of tokens."
+    first = list(islice(docs := iter(docs), 1))
+    chat = chat or any(isinstance(d, list) for d in first)
+    docs = chain(first, docs)
     docs = check_documents(render_chats(docs, tokenizer) if chat else docs)
     if join is not None: docs = iter([join.join(docs)])
     parts,n,n_bytes,between = [], 0, 0, _between(tokenizer, not chat)
@@ -185,7 +210,7 @@ def context_length(
     tables = [m for k,m in model.named_modules()
               if k.endswith('position_embeddings') and isinstance(m, nn.Embedding)]
     padded = [t.num_embeddings - t.padding_idx - 1 for t in tables if t.padding_idx is not None]
-    return min([said, *padded]) if isinstance(said, int) else None
+    return min([said, *padded]) if isinstance(said, int) and said > 0 else None # XLNet says -1
 
 def window_length(
     model:nn.Module|None, # of text; None for tokens without a model

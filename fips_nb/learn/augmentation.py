@@ -60,13 +60,15 @@ def own_text(
     "Texts of the same length that `model` makes up, sampled at temperature 1."
     from transformers import GenerationConfig
     more = windows.shape[1] - 1
+    own,device,out = model.generation_config, next(model.parameters()).device, []
     how = GenerationConfig(do_sample=True, top_k=0, min_new_tokens=more, max_new_tokens=more,
-                           use_cache=True, pad_token_id=0)
-    device = next(model.parameters()).device
-    out = []
-    for x in windows[:,:1].split(max(1, TOGETHER//windows.shape[1])):
-        x = x.to(device)
-        out.append(model.generate(x, generation_config=how, attention_mask=torch.ones_like(x)))
+                           use_cache=True, pad_token_id=0, eos_token_id=own.eos_token_id)
+    try:
+        model.generation_config = GenerationConfig() # else its settings fill what is not set here
+        for x in windows[:,:1].split(max(1, TOGETHER//windows.shape[1])):
+            x = x.to(device)
+            out.append(model.generate(x, generation_config=how, attention_mask=torch.ones_like(x)))
+    finally: model.generation_config = own
     return torch.cat(out).to(windows)
 
 # %% ../../nbs/learn/augmentation.ipynb #02e-021

@@ -148,15 +148,26 @@ def head_of(
     return head if torch.equal(head(states).to(want), want) else None
 
 # %% ../../nbs/learn/distillation.ipynb #03a-c025
+def _are_numbers(batch, out):
+    "Whether a batch has targets of the shape of `out` that are no probabilities."
+    pair = isinstance(batch, (tuple, list)) and len(batch) > 1
+    y = batch.get('labels') if isinstance(batch, dict) else batch[1] if pair else None
+    if not torch.is_tensor(y) or not y.is_floating_point() or y.numel() != out.numel(): return False
+    return bool((y < 0).any() or (y > 1).any())
+
 def loss_kind(
     model:nn.Module, # dense model
     out, # an output of it, as feed returns it
-) -> str: # kl for logits of classes, mse for features
+    batch=None, # that it is of; its targets show a regression
+) -> str: # kl for logits of classes, mse for features and for numbers
     "The divergence that fits what `model` puts out."
     if torch.is_tensor(out) or isinstance(out, (tuple, list)):
-        return 'mse' if getattr(model, 'num_classes', 2) in (0, 1) else 'kl'
-    logits = getattr(out, 'logits', getattr(out, 'start_logits', None))
-    return 'mse' if logits is None or logits.shape[-1] <= 1 else 'kl'
+        logits = _main(out)
+        if getattr(model, 'num_classes', 2) in (0, 1): return 'mse'
+    else: logits = getattr(out, 'logits', getattr(out, 'start_logits', None))
+    if logits is None or logits.shape[-1] <= 1 or _are_numbers(batch, logits): return 'mse'
+    numbers = getattr(getattr(model, 'config', None), 'problem_type', None) == 'regression'
+    return 'mse' if numbers else 'kl'
 
 def output_loss(
     out:torch.Tensor, # compressed outputs (..., k)
@@ -252,7 +263,7 @@ def distill_outputs(
 ) -> list: # mean loss of each epoch that was run here
     "Fit factors and biases, zeros kept, to the outputs of the dense model; the best epoch stays."
     if not (batches := list(batches)): raise ValueError("there is no calibration data")
-    with torch.no_grad(): kind = how.kind or loss_kind(dense, feed(dense, batches[0]))
+    with torch.no_grad(): kind = how.kind or loss_kind(dense, feed(dense, batches[0]), batches[0])
     lr = start_lr(model, dense, batches, kind) if how.lr is None else how.lr
     Vs,rest = factor_parameters(model)
     opt = torch.optim.AdamW(Vs + rest, lr=lr, weight_decay=0., betas=(.9, .98))

@@ -293,7 +293,7 @@ def _check(model, dense, deck, how, blocks):
     if (other := predict(dense, x)).shape != out.shape:
         raise ValueError(f"the dense model gives {tuple(other.shape)} and this one "
                          f"{tuple(out.shape)}; it is another model, or has another head")
-    return loss_kind(dense, feed(dense, x)), out.shape[-1]*(how.loss == 'both')
+    return loss_kind(dense, feed(dense, x), (x, y)), out.shape[-1]*(how.loss == 'both')
 
 def _blocks(dense):
     "The names of the dense model's blocks, if it has any that are known."

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from ..grouping import features_last
 from ..sparse_factors import FactorLinear
-from ..share.statistics import feed
+from ..share.statistics import calibration_notes, feed
 from ..learn.augmentation import augment, augment_notes, augment_seconds, views
 from .rounding import Codes, code_bits, round_weight, steps_of
 from ..learn.training import with_gradients
@@ -29,7 +29,8 @@ from .entropy import Coded, encode
 from .sizes import (Rounded, Rounder, SAMPLE, check_bytes, dense_params, matrix_of,
                                  round_to_bytes, stored_bytes)
 from .costs import (complete_costs, expert_notes, expert_rows, find_parts,
-                                 matrix_shape, measure_costs)
+                                 matrix_shape, measure_costs, rows_read, unreached,
+                                 unreached_notes)
 from .distil import distill_codes
 
 # %% ../../nbs/round/code.ipynb #04h-061
@@ -127,9 +128,9 @@ def _rounded(tensors, nbytes):
     of = lambda k: Codes(*(tensors[f'{k}/{n}'].cpu() for n in _FIELDS))
     return Rounded({k: of(k) for k in names}, tensors['alpha'].item(), nbytes)
 
-def _chosen(tensors):
-    "Rows that experts read, likewise."
-    return {k.removesuffix('/chosen'): n for k,n in tensors.items() if k.endswith('/chosen')}
+def _noted(tensors, kind):
+    "What it has noted by name: rows that experts read are chosen, parts without a cost unreached."
+    return {k.removesuffix(f'/{kind}'): n for k,n in tensors.items() if k.endswith(f'/{kind}')}
 
 # %% ../../nbs/round/code.ipynb #04h-62j
 @dataclass
@@ -141,6 +142,7 @@ class _Coding:
     nbytes:int # of the file
     run:Run # seed, device, progress
     filter_fn:object=None # see code_model
+    kind:str='kl' # of divergence, see loss_kind
     seconds:dict = dataclasses.field(default_factory=dict) # phase -> seconds
 
     def timed(self, name, f, *args, **kwargs):
@@ -154,21 +156,21 @@ class _Coding:
         "Round to the size; tensors for the state."
         parts,bars = _parts(self.model, self.filter_fn), self.run.progress
         costs = self.timed('costs', measure_costs, _wide(self.model), self.batches, parts,
-                           self.run.seed, progress=bars)
+                           self.run.seed, bars, self.kind)
         rows = expert_rows(self.model, self.batches)
-        complete_costs(self.model, parts, costs, rows)
+        gone = complete_costs(self.model, parts, costs, rows)
         rounder = Rounder(self.model, parts, costs)
         del costs # the rounder takes them apart
         got = self.timed('rounding', round_to_bytes, rounder, self.nbytes, progress=bars)
         out = {f'{k}/{n}': getattr(c, n) for k,c in got.codes.items() for n in _FIELDS}
         out |= {f'{k}/chosen': n for k,n in rows.items()}
+        out |= {f'{k}/unreached': torch.ones(1) for k in gone}
         return out | dict(alpha=torch.tensor(got.alpha, dtype=torch.float64))
 
     def distil(self, start, epochs, state):
         "Distil the rounded model; the model, its codes, and the divergences."
         student,follow = start.put(copy.deepcopy(_wide(self.model))), _wide(self.teacher)
-        with torch.no_grad(): kind = loss_kind(follow, feed(follow, self.batches[0]))
-        teacher = Teacher(follow, self.batches, kind)
+        teacher = Teacher(follow, self.batches, self.kind)
         return student, *distill_codes(student, teacher, start, Distillation(epochs), self.run,
                                        state)
 
@@ -229,11 +231,16 @@ def bits_report(
 def _look_ahead(job, model, asked, teacher):
     "Epochs, notes, expected seconds, and what the state depends on."
     run = job.run
-    epochs,notes,expected = coding_ahead(_wide(job.model), job.batches, asked, run.device)
-    for note in notes: warnings.warn(note)
+    wide,parts = _wide(job.model), _parts(model, job.filter_fn)
+    epochs,notes,expected = coding_ahead(wide, job.batches, asked, run.device)
+    many = views(wide, job.batches)
+    notes += calibration_notes({k: (d, many*n) for k,(d,n)
+                                in rows_read(wide, job.batches, parts).items()})
+    unseen = unreached_notes(model, parts, unreached(wide, job.batches, parts))
+    for note in notes + unseen: warnings.warn(note)
     if run.state is None: return epochs, notes, expected, {}
     more = {} if teacher is None else dict(teacher=digest(teacher))
-    if job.filter_fn: more['parts'] = [p.name for p in _parts(model, job.filter_fn)]
+    if job.filter_fn: more['parts'] = [p.name for p in parts]
     return epochs, notes, expected, fingerprint(model, nbytes=job.nbytes, epochs=epochs,
                                                 seed=run.seed, **more)
 
@@ -257,7 +264,8 @@ def code_model(
     here = share_tensors(model, run.device)
     whom = 'itself' if teacher is None else 'given'
     follow = here if teacher is None else share_tensors(teacher, run.device)
-    job = _Coding(here, follow, batches, nbytes, run, filter_fn)
+    with torch.no_grad(): kind = loss_kind(follow, feed(follow, batches[0]), batches[0])
+    job = _Coding(here, follow, batches, nbytes, run, filter_fn, kind)
     epochs,notes,expected,depends = _look_ahead(job, model, distill_epochs, teacher)
     if tell: tell(expected, epochs)
     with open_state(run.state, depends, batches, run.resume) as state:
@@ -268,7 +276,8 @@ def code_model(
         if epochs: here,got,losses = job.timed('distillation', job.distil, got, epochs, kept)
     out = got.put(settle(here, model))
     out.fips_codes = {k: encode(c) for k,c in got.codes.items()}
-    notes = [*augment_notes(follow, batches), *notes, *expert_notes(out, _chosen(tensors))]
+    notes = [*augment_notes(follow, batches), *notes, *expert_notes(out, _noted(tensors, 'chosen')),
+             *unreached_notes(out, find_parts(out), [*_noted(tensors, 'unreached')])]
     report = dict(preset='rounding', seed=run.seed, alpha=got.alpha, target_bytes=nbytes,
                   config=dict(targets='all', distill_epochs=epochs, teacher=whom),
                   divergences=losses, **bits_report(out, teacher),

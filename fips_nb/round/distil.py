@@ -58,9 +58,10 @@ class _Live:
     @torch.no_grad()
     def pull(self, price):
         "The gradient of the latents, from that of the weight and the length of the codes."
-        z = self.z.detach()
-        self.z.grad = self.p.grad.view(z.shape).float()*self.steps
-        self.p.grad = None
+        z,g = self.z.detach(), self.p.grad
+        self.z.grad,self.p.grad = None, None
+        if g is None or not g.any(): return # no bits are saved where nobody would see the loss
+        self.z.grad = g.view(z.shape).float()*self.steps
         if price: self.z.grad.add_(z.sign()*self.saved(z), alpha=price)
 
 # %% ../../nbs/round/distil.ipynb #04h-052

@@ -106,7 +106,7 @@ def _product_rows(x, q, rows, columns, bias, y):
         z,s = _rounded(x, columns)
         y.copy_(torch._int_mm(z, q.T)*s[:,None]*rows + (0 if bias is None else bias))
         return
-    z,s = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x))
+    z,s = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x), dtype=torch.float32)
     lib.fips_to_int8(x.data_ptr(), columns.data_ptr(), *x.shape, z.data_ptr(), s.data_ptr(),
                      threads)
     sums = torch._int_mm(z, q.T)
@@ -122,7 +122,7 @@ def int8_product(
     bias:torch.Tensor|None=None, # (out,), float32
 ) -> torch.Tensor: # (n, out), float32
     "The product of inputs, rounded to 8 bits, with a weight as integers."
-    y,at = torch.empty(len(x), len(q)), _ROWS*torch.get_num_threads()
+    y,at = torch.empty(len(x), len(q), dtype=torch.float32), _ROWS*torch.get_num_threads()
     for i in range(0, len(x), at): _product_rows(x[i:i+at], q, rows, columns, bias, y[i:i+at])
     return y
 

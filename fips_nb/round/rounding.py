@@ -166,7 +166,8 @@ def steps_of(
     low,high = int(exponents.min()), int(exponents.max())
     if low < -400 or high > 400: raise ValueError(f"a step of 2^({low}/4) to 2^({high}/4)")
     made = [math.ldexp(_ROOTS[e % 4], e//4) for e in range(low, high + 1)]
-    return torch.tensor(made, device=exponents.device)[(exponents - low).long()]
+    made = torch.tensor(made, dtype=torch.float32, device=exponents.device)
+    return made[(exponents - low).long()]
 
 # %% ../../nbs/round/rounding.ipynb #02d-c048
 def class_range(

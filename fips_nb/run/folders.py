@@ -16,7 +16,7 @@ from ..speed.packing import bench as bench_packed
 from ..speed.packing import random_factors
 from ..round.modes import bench_modes
 from ..store.cards import dense_params, plot_layers
-from ..store.format import read_config
+from ..store.format import check_foreign, read_config
 from ..store.codes import check_report, folder_bytes
 from ..store import hub
 from ..data.models import (Opened, in_transformers, kind_of, new_model, open_any,
@@ -39,7 +39,8 @@ def check_picture(
         raise ValueError(f"there is no folder {path.parent} to write the picture to")
 
 def _check_folder(model):
-    "Refuse what is no folder."
+    "Refuse what is no folder of ours."
+    check_foreign(model)
     if not Path(model).is_dir():
         raise ValueError(f"there is no folder {model}; `fips compress` makes one")
 

@@ -100,7 +100,7 @@ def divergences(
     "How far the outputs of variants of `model` are from the dense ones."
     sums,kind = [0.]*len(swaps), None
     for b in batches:
-        kind = kind or loss_kind(dense, feed(dense, b, device))
+        kind = kind or loss_kind(dense, feed(dense, b, device), b)
         ref = predict(dense, b, device)
         for i,swap in enumerate(swaps):
             with _swapped(model, swap):

@@ -31,9 +31,16 @@ def feed(
         return x.to(device, dtype if x.is_floating_point() else None)
     cache = 'use_cache' in inspect.signature(model.forward).parameters
     more = dict(use_cache=False) if cache else {}
-    with _by_layers():
+    with _by_layers(), _same_draws(next(model.parameters(), torch.empty(0)).device):
         if isinstance(batch, dict): return model(**more | {k: put(v) for k,v in batch.items()})
         return model(put(batch[0] if isinstance(batch, (tuple, list)) else batch), **more)
+
+@contextlib.contextmanager
+def _same_draws(device):
+    "Let models that draw at random, such as ViT-MAE its masks, draw the same each time."
+    with torch.random.fork_rng([device] if device.type == 'cuda' else []):
+        torch.manual_seed(0)
+        yield
 
 @contextlib.contextmanager
 def _by_layers():

@@ -6,8 +6,8 @@
 __all__ = ['FORMAT', 'VERSION', 'FILES', 'Dtype', 'Order', 'Codec', 'WIDEST', 'ATTENTION', 'DEEPEST', 'SPARE', 'of_transformers',
            'is_ours', 'check_target', 'swap_in', 'LinearEntry', 'GroupPart', 'GroupEntry', 'LayerEntry',
            'LayerGroupEntry', 'TensorEntry', 'is_coded', 'factor_shapes', 'coded_factors', 'check_groups',
-           'check_depth', 'check_plain', 'check_version', 'read_config', 'header', 'check_claims', 'check_nonzeros',
-           'bounded_build', 'check_tables', 'refusing']
+           'check_depth', 'check_plain', 'check_foreign', 'check_version', 'read_config', 'header', 'check_claims',
+           'check_nonzeros', 'bounded_build', 'check_tables', 'refusing']
 
 # %% ../../nbs/store/format.ipynb #07-003
 import re
@@ -36,7 +36,7 @@ FILES = re.compile(
     r'(config|generation_config|model\.safetensors\.index|tokenizer|tokenizer_config|'
     r'special_tokens_map|added_tokens|vocab|chat_template|preprocessor_config|processor_config|'
     r'modules|config_sentence_transformers|sentence_bert_config)\.json|'
-    r'\d_(Pooling|Normalize)(/config\.json)?') # of a saved model
+    r'\d_(Pooling|Normalize|Dense)(/(config\.json|model\.safetensors|pytorch_model\.bin))?')
 
 def of_transformers(
     config:dict, # of a config.json
@@ -268,6 +268,27 @@ def check_plain(
         for x in v if isinstance(v, list) else [v]: check_plain(x, where)
 
 # %% ../../nbs/store/format.ipynb #07-c068
+def check_foreign(
+    folder, # path of a model
+):
+    "Refuse files and folders of other formats by their names, before any of them is read."
+    folder = Path(folder).expanduser()
+    if folder.suffix == '.gguf' or folder.is_dir() and not (folder/'config.json').exists() and (
+            any(folder.glob('*.gguf'))):
+        raise ValueError(f"{folder} is of the format GGUF; open it by from_pretrained(FOLDER, "
+                         "gguf_file=FILE) of transformers, save that, and take the folder")
+    if not folder.is_dir(): return
+    if (folder/'adapter_config.json').exists() and not (folder/'config.json').exists():
+        raise ValueError(f"{folder} holds an adapter of PEFT and no model; merge it into its base "
+                         "model, and take that")
+    try: config = read_json(folder/'config.json')
+    except (OSError, ValueError): return # whoever needs it will say so
+    quantization = config.get('quantization_config') if isinstance(config, dict) else None
+    if isinstance(quantization, dict) and not of_transformers(config):
+        method = quantization.get('quant_method') or next(iter(quantization), '')
+        raise ValueError(f"{folder} is quantised already, in the format {method!r:.40}; take the "
+                         "model that it was made of")
+
 def check_version(
     version, # of a folder
     source, # its path, for errors
@@ -293,6 +314,7 @@ def read_config(
 ) -> dict: # of a transformers model: what it says of the factors, with arch, dtype and model_type
     "Read and check the description of the model in `folder`."
     folder = Path(folder).expanduser()
+    check_foreign(folder)
     recover(folder)
     f = folder/'config.json'
     if not folder.is_dir(): raise FileNotFoundError(f"there is no folder {folder}")

@@ -357,7 +357,8 @@ def _class_named(arch, model_type):
         raise ValueError(f"{arch} is no class for models of the type {model_type!r}")
     near = difflib.get_close_matches(arch, dir(transformers), 3, 0.)
     raise ValueError(f"transformers {transformers.__version__} has no architecture {arch!r}; "
-                     f"the nearest are {near}; a newer transformers may have it")
+                     f"the nearest are {near}; a newer transformers may have it, and a class of "
+                     "your own opens the folder by its from_pretrained")
 
 _ONE = threading.RLock() # transformers replaces functions of its own while it loads a model
 
