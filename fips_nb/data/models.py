@@ -368,13 +368,16 @@ def text_batches(
 ): # re-iterable batches of tokens (b, L), or of pairs
     "Read windows of text as the model takes them."
     from fips_nb.data.demo import demo_text
-    from fips_nb.data.text import PairBatches, TextBatches, enough_windows, window_length
+    from fips_nb.data.text import (PairBatches, TextBatches, enough_windows, short_windows,
+                                   tokens_at_once, window_length)
     how,model = Reading(**reading), opened.model
     text = demo_text('eval' if how.held_out else 'calib') if path is None else path
     length = window_length(model, how.window)
+    if how.window is None: length = short_windows(model, length)
     n = how.n or enough_windows(model, length, how.device)
     kind = PairBatches if opened.kind == 'pairs' else TextBatches
-    return kind(text, opened.processor.tokenizer, length, how.batch_size, n, how.seed, model=model,
+    rows = max(1, min(how.batch_size, tokens_at_once(model)//length))
+    return kind(text, opened.processor.tokenizer, length, rows, n, how.seed, model=model,
                 fewer=how.n is None)
 
 # %% ../../nbs/data/models.ipynb #08a-c081

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from ..sparse_factors import Pruner, Schedule, factor_layers
-from ..share.statistics import feed, padding_mask
+from ..share.statistics import feed, first_tensor, padding_mask
 from .training import (Course, Judge, cosine, learning, mean_loss, precision,
                                     split_batches, train)
 
@@ -231,13 +232,18 @@ class Teacher:
         kind, # of divergence, see output_loss
     ):
         self.dense,self.batches,self.kind,self.kept = dense, batches, kind, {}
+        self.head = None # where states are kept in the place of logits, which are too many
+        if kind == 'kl' and (head := head_of(dense, batches[0])) is not None:
+            most = max(first_tensor(b).numel() for b in batches)
+            if most*head.out_features > PIECE: self.head = head
 
     @torch.no_grad()
     def __call__(self,
         j, # number of a batch
     ):
         if j in self.kept: return self.kept[j]
-        ref = predict(self.dense, self.batches[j])
+        with headless(self.head) if self.head is not None else contextlib.nullcontext():
+            ref = predict(self.dense, self.batches[j])
         if ref.nbytes*len(self.batches) <= KEEP: self.kept[j] = ref
         return ref
 
@@ -247,9 +253,27 @@ class Teacher:
         epoch=0, # does not matter here
     ):
         "Divergence of `model` on batch `j` with its graph, and the dense outputs by name."
-        device = next(model.parameters()).device
-        with precision(device): ref,out = self(j), predict(model, self.batches[j])
+        with precision(next(model.parameters()).device):
+            ref = self(j)
+            if self.head is not None: return self.in_pieces(model, j, ref), {'the last layer': ref}
+            out = predict(model, self.batches[j])
         return output_loss(out, ref, self.kind), {'the last layer': ref}
+
+    def in_pieces(self,
+        model, # see loss
+        j, # see loss
+        ref, # what the head of the dense model reads
+    ):
+        "The same divergence, of which one piece of the logits is in memory at a time."
+        head = model.get_output_embeddings()
+        with headless(head): out = predict(model, self.batches[j])
+        def part(x, y):
+            with torch.no_grad(): theirs = self.head(y)
+            return output_loss(head(x), theirs)*len(x)
+        n = max(1, PIECE//head.out_features)
+        pieces = zip(out.flatten(0, -2).split(n), ref.flatten(0, -2).split(n))
+        total = sum(checkpoint(part, x, y, use_reentrant=False) for x,y in pieces)
+        return total/out.shape[:-1].numel()
 
 # %% ../../nbs/learn/distillation.ipynb #03a-c036
 def distill_outputs(
