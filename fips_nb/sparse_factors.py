@@ -77,9 +77,10 @@ class _Held(_Factors):
     @property
     def held(self) -> torch.Tensor:
         "The projection; in training, with nothing where it was zero when training began."
-        if not (self.training and self.V.requires_grad): return self.V
-        if self.mask is None: self.mask = self.V.detach() != 0
-        return self.V*self.mask
+        learns = self.training and self.V.requires_grad
+        if learns and self.mask is None and torch.is_grad_enabled():
+            self.mask = self.V.detach() != 0
+        return self.V*self.mask if learns and self.mask is not None else self.V
 
     @torch.no_grad()
     def settle(self):

@@ -879,7 +879,7 @@ def test_configs_that_only_we_read(folder, tmp_path):
         (lambda c, q: c.pop("model_type"), "model_type is None"),
         (lambda c, q: q.pop("groups"), "required field `groups`"),
         (lambda c, q: q.update(rest="8bit"), "8bit"),
-        (lambda c, q: q.update(quant_method="gptq"), "saved by fips_nb"),
+        (lambda c, q: q.update(quant_method="gptq"), "quantised already, in the format 'gptq'"),
         (lambda c, q: c.update(model_type="gpt2"), "no class for models of the type 'gpt2'"),
         (lambda c, q: c.update(architectures=["Trainer"]), "no architecture 'Trainer'"),
         (lambda c, q: c.update(attn_implementation="somebody/kernels"), "might be code"),

@@ -213,7 +213,7 @@ compress llama --out x --data short.txt -> needs 32 tokens, and the text has 1; 
 compress llama --out x --data empty.txt -> the text is empty
 compress llama --out x --data nowhere.txt -> there is no file or folder 'nowhere.txt'
 compress llama --out x --data images -> no text in images: needed are files that end in .jsonl, .md, .txt
-compress llama --out x --data chat.jsonl -> line 1 of chat.jsonl is no JSON object with 'text'
+compress llama --out x --data chat.jsonl -> has no chat template; set tokenizer.chat_template, or pass texts
 compress demo-vit --out x --data nowhere -> there is no folder nowhere
 compress demo-vit --out x --data empty -> no images in empty: needed are image files
 compress demo-vit --out x --data text.txt -> text.txt is a file; a folder of images is needed

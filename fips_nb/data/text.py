@@ -39,6 +39,7 @@ def _from_json(path, column):
         rows.append(row[found])
     return rows
 
+# %% ../../nbs/data/text.ipynb #43b89d46
 def _from_array(path, column):
     "The strings of a .json file, or the field `column` of its objects."
     rows = parse_json(_text_of(path), path)

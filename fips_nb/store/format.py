@@ -289,6 +289,7 @@ def check_foreign(
         raise ValueError(f"{folder} is quantised already, in the format {method!r:.40}; take the "
                          "model that it was made of")
 
+# %% ../../nbs/store/format.ipynb #7e33bcd4
 def check_version(
     version, # of a folder
     source, # its path, for errors
