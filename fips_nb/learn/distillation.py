@@ -223,6 +223,22 @@ class Distillation:
 
 KEEP = 2**30 # bytes of dense outputs that may be kept in memory
 
+# %% ../../nbs/learn/distillation.ipynb #e5e83924
+def _states(model, batch):
+    "What the head of a language model reads."
+    with headless(model.get_output_embeddings()): return predict(model, batch)
+
+def _in_pieces(model, theirs, out, ref):
+    "The divergence of logits, of which one piece is in memory at a time, from states."
+    head = model.get_output_embeddings()
+    def part(x, y):
+        with torch.no_grad(): z = theirs(y)
+        return output_loss(head(x), z)*len(x)
+    n = max(1, PIECE//head.out_features)
+    pieces = zip(out.flatten(0, -2).split(n), ref.flatten(0, -2).split(n))
+    total = sum(checkpoint(part, x, y, use_reentrant=False) for x,y in pieces)
+    return total/out.shape[:-1].numel()
+
 # %% ../../nbs/learn/distillation.ipynb #03a-c04t
 class Teacher:
     "The outputs of the dense model for each batch, kept where all of them fit into `KEEP` bytes."
@@ -254,26 +270,12 @@ class Teacher:
     ):
         "Divergence of `model` on batch `j` with its graph, and the dense outputs by name."
         with precision(next(model.parameters()).device):
-            ref = self(j)
-            if self.head is not None: return self.in_pieces(model, j, ref), {'the last layer': ref}
-            out = predict(model, self.batches[j])
+            ref,x = self(j), self.batches[j]
+            if self.head is not None:
+                loss = _in_pieces(model, self.head, _states(model, x), ref)
+                return loss, {'the last layer': ref}
+            out = predict(model, x)
         return output_loss(out, ref, self.kind), {'the last layer': ref}
-
-    def in_pieces(self,
-        model, # see loss
-        j, # see loss
-        ref, # what the head of the dense model reads
-    ):
-        "The same divergence, of which one piece of the logits is in memory at a time."
-        head = model.get_output_embeddings()
-        with headless(head): out = predict(model, self.batches[j])
-        def part(x, y):
-            with torch.no_grad(): theirs = self.head(y)
-            return output_loss(head(x), theirs)*len(x)
-        n = max(1, PIECE//head.out_features)
-        pieces = zip(out.flatten(0, -2).split(n), ref.flatten(0, -2).split(n))
-        total = sum(checkpoint(part, x, y, use_reentrant=False) for x,y in pieces)
-        return total/out.shape[:-1].numel()
 
 # %% ../../nbs/learn/distillation.ipynb #03a-c036
 def distill_outputs(

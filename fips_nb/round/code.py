@@ -84,7 +84,7 @@ def coding_seconds(
     weights = sum(math.prod(p.shape) for p in parts)
     once,code = _pass_seconds(model, parts)
     measured = (n + 2)*took*(3 + second/max(forward, 1.))
-    tries = TRIES if weights <= SAMPLE else 2.6 # the first step is then found on some outputs
+    tries = min(TRIES, 2 + 4*SAMPLE/weights)
     seconds = augment_seconds(model, batches) + measured + tries*(once + code) + code
     if epochs:
         epoch = n*(step_seconds(model, first) + MATRIX*len(parts) + WEIGHT*weights) + LOOK*code

@@ -174,7 +174,7 @@ class _Feelers:
     def backward(self, model, batch, kind, g):
         "Run one batch forward and backward; the number of predictions."
         self.outputs,self.known = [], {}
-        if self.head is not None: return self.in_pieces(model, batch, g)
+        if self.head is not None: return _in_pieces(self, model, batch, g)
         out = predict(model, batch)
         loss,known = _drawn(out, kind, g)
         for key,o in enumerate(self.outputs):
@@ -182,26 +182,6 @@ class _Feelers:
             if same and known is not None: self.known[key] = known
         loss.backward()
         return out.shape[:-1].numel()
-
-    @torch.no_grad()
-    def in_pieces(self, model, batch, g):
-        "The same, without ever holding all logits."
-        head = self.head
-        with torch.enable_grad(), headless(head): states = predict(model, batch)
-        x,w,total = states.detach().flatten(0, -2), [], 0.
-        grads = torch.empty_like(x, dtype=head.weight.dtype)
-        for some,to in zip(*(t.split(max(1, PIECE//head.out_features)) for t in (x, grads))):
-            p = (head(some).float()/SOFTEN).softmax(-1)
-            drawn = torch.multinomial(p.cpu(), 1, generator=g).to(p.device)
-            G2 = p*(1 - p)
-            w.append(G2.sum(1))
-            total = total + G2.sum(0)
-            p.scatter_add_(1, drawn, torch.full_like(drawn, -1, dtype=p.dtype))
-            to.copy_(p.to(head.weight.dtype)@head.weight)
-        for s in self.sums.values():
-            if s.module is head: s.rows(x.float(), torch.cat(w), total)
-        states.backward(grads.view(states.shape).to(states.dtype))
-        return len(x)
 
 def _drawn(out, kind, g):
     "A loss whose gradients have the right variance, and the squared gradients of the logits."
@@ -213,6 +193,27 @@ def _drawn(out, kind, g):
     p = (out.detach()/SOFTEN).softmax(-1)
     drawn = torch.multinomial(p.cpu(), 1, generator=g).to(p.device)
     return (out*p).sum() - out.gather(1, drawn).sum(), p*(1 - p)
+
+# %% ../../nbs/round/costs.ipynb #b5e13012
+@torch.no_grad()
+def _in_pieces(feelers, model, batch, g):
+    "Run one batch forward and backward without ever holding all logits."
+    head = feelers.head
+    with torch.enable_grad(), headless(head): states = predict(model, batch)
+    x,w,total = states.detach().flatten(0, -2), [], 0.
+    grads = torch.empty_like(x, dtype=head.weight.dtype)
+    for some,to in zip(*(t.split(max(1, PIECE//head.out_features)) for t in (x, grads))):
+        p = (head(some).float()/SOFTEN).softmax(-1)
+        drawn = torch.multinomial(p.cpu(), 1, generator=g).to(p.device)
+        G2 = p*(1 - p)
+        w.append(G2.sum(1))
+        total = total + G2.sum(0)
+        p.scatter_add_(1, drawn, torch.full_like(drawn, -1, dtype=p.dtype))
+        to.copy_(p.to(head.weight.dtype)@head.weight)
+    for s in feelers.sums.values():
+        if s.module is head: s.rows(x.float(), torch.cat(w), total)
+    states.backward(grads.view(states.shape).to(states.dtype))
+    return len(x)
 
 # %% ../../nbs/round/costs.ipynb #04h-024
 def _factor_cost(m, name, cost):

@@ -229,13 +229,12 @@ def _entropy(x):
 
 def code_bits(
     c:Codes, # of a matrix
-    times:float=1., # for how many rows each of its rows stands
 ) -> float:
     "Length of all codes under the table of their class; tables and steps are counted."
     tables,counts = class_tables(c, *class_range(c.rows, c.columns))
     lengths = torch.stack([t.lengths() for t in tables]).to(counts.device)
-    each = (lengths.double()*counts).sum().item() + _entropy(c.rows)
-    return 240 + 40*len(tables) + _entropy(c.columns) + times*each
+    steps = _entropy(c.rows) + _entropy(c.columns) + 80
+    return 160 + 40*len(tables) + (lengths.double()*counts).sum().item() + steps
 
 # %% ../../nbs/round/rounding.ipynb #02d-c043
 def _chooser(row_steps, steps, lengths, number):
@@ -318,14 +317,12 @@ def round_weight(
     g:torch.Tensor|None=None, # importance of its outputs (out,); None: one for all
     weighed:bool=True, # weigh error against length, in a second sweep
     factor:tuple|None=None, # of triangular(C), where it is at hand
-    some:torch.Tensor|None=None, # numbers of the outputs that are rounded; None rounds all
 ) -> Codes:
     "Round a weight with error feedback to integers of few bits (GPTQ's and WaterSIC's rule)."
     check_weight(W, C, g)
     if not 0 < alpha < math.inf: raise ValueError(f"alpha is {alpha}, not a positive number")
     order,M = factor or triangular(C)
     rows,columns = step_exponents(W, M, alpha, g)
-    if some is not None: W,rows = W[some], rows[some] # outputs do not depend on each other
     low,high = class_range(rows, columns)
     lengths = None
     for _ in range(1 + weighed):
