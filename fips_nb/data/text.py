@@ -406,7 +406,7 @@ class TextBatches:
     def __iter__(self): return iter(self.windows.split(self.batch_size))
 
 # %% ../../nbs/data/text.ipynb #04c-c033
-_LIMITS = dict(cpu=1.2e13, other=2e16) # operations: on two cores some minutes forward and backward
+_LIMITS = dict(cpu=2e14, other=2e16) # operations
 WORK = 2**30 # bytes of what layers put out, in a batch
 
 def calibration_operations(
