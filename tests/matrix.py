@@ -215,14 +215,13 @@ class Elsewhere:
 
 # ---- what people do ----
 
-OPERATIONS, DEAR = {}, set()
+OPERATIONS = {}
 
 
-def operation(title, models=MODELS, dear=False):
+def operation(title, models=MODELS):
     "Enter a function of a Case under `title`."
     def enter(f):
         OPERATIONS[title] = f, models
-        if dear: DEAR.add(title)
         return f
     return enter
 
@@ -389,7 +388,7 @@ def _(c):
         c.right(model, rate)
 
 
-@operation("torch.compile", dear=True)
+@operation("torch.compile")
 def _(c):
     torch._dynamo.reset()
     c.right(torch.compile(c.model(), backend="aot_eager"))
@@ -409,7 +408,7 @@ class Plain(nn.Module):
 def plain(c): return Plain(c.model(), list(c.x)).eval()
 
 
-@operation("torch.export", dear=True)
+@operation("torch.export")
 def _(c):
     x = tuple(c.x.values())
     with torch.no_grad(): close(torch.export.export(plain(c), x).module()(*x), c.want, c.rate)
@@ -422,7 +421,7 @@ def _(c):
         for x in (c.x, inputs(c.name, seed=9)): close(traced(*x.values()), outputs(c.model(), x), c.rate)
 
 
-@operation("torch.onnx.export", [m for m in MODELS if m not in ("T5", "Qwen3 MoE")], dear=True) # likewise
+@operation("torch.onnx.export", [m for m in MODELS if m not in ("T5", "Qwen3 MoE")]) # likewise
 def _(c):
     x = tuple(c.x.values())
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -497,14 +496,13 @@ def _(c):
     model = c.model()
     for kw in (dict(), dict(num_beams=2)):
         assert torch.equal(generate(model, c.x, use_cache=True, **kw), generate(model, c.x, use_cache=False, **kw)), kw
-    if c.form not in ("int8",) and c.name != "T5":
-        tokens = generate(model, c.x)
-        first = outputs(model, c.x)[:, -1].argmax(-1) if c.name != "T5" else tokens[:, 1]
+    if c.form != "int8" and c.name != "T5":
+        tokens, first = generate(model, c.x), outputs(model, c.x)[:, -1].argmax(-1)
         eos = first == 2
         assert torch.equal(tokens[:, c.x["input_ids"].shape[1]][~eos], first[~eos])
 
 
-@operation("generate: static cache", ("Llama", "Llama, tied", "GPT-2", "Qwen3 MoE"), dear=True)
+@operation("generate: static cache", ("Llama", "Llama, tied", "GPT-2", "Qwen3 MoE"))
 def _(c):
     model = c.model()
     want = generate(model, c.x)

@@ -327,7 +327,7 @@ class Reading:
     "How much data to read, and how."
     n:int|None=None # images, or windows of text; None takes all images, or as many windows as pay
     batch_size:int=8 # images or windows at a time
-    window:int|None=None # tokens of a window; None takes 2048, or what the model takes at most
+    window:int|None=None # tokens of a window; None: 2048, fewer of a large model or context
     seed:int=0 # of the choice, if not all are taken
     device:str='cpu' # where they will be used, which bounds the number of windows
     progress:bool=False # bar on stderr while images are read

@@ -130,7 +130,7 @@ _OPTIONS = dict(
     minutes=(_number, 'M', "that it may take: passes and levels follow"),
     dense=(str, 'MODEL', "the dense model: a name or folder of transformers, or the file of the "
            "weights of a timm model (the demos have their own)"),
-    window=(int, 'N', "tokens of a window of text (default 2048, or what the model takes)"),
+    window=(int, 'N', "tokens of a window of text (default 2048, fewer of a large model)"),
     batch_size=(int, 'N', "images or windows at a time (default 8; 16 to fine-tune)"),
     device=(str, 'D', "where to run, such as cuda (default cpu)"),
     seed=(int, 'N', "of everything random (default 0)"),

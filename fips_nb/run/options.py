@@ -147,7 +147,7 @@ class CompressOptions:
     epochs:int|None=None # passes of distillation; None takes the method's, if they take no hours
     minutes:float|None=None # that it may take; passes and levels follow
     n:int|None=None # images or windows; None takes 1000 images, or the windows that pay
-    window:int|None=None # tokens of a window of text; None takes 2048, or the model's context
+    window:int|None=None # tokens of a window of text; None: 2048, fewer of a large model or context
     batch_size:int=8 # images or windows at a time
     dense:str|Path|None=None # file of trained weights of a timm model; None takes timm's own
     processor:object=None # tokenizer or image processor of a module, to read data with

@@ -84,7 +84,7 @@ def check_model(
                          "fips_nb.data.models.open_model opens one by its name")
     if hasattr(model, '_orig_mod'):
         raise ValueError("this is a model under torch.compile; compress its _orig_mod instead")
-    if next((k for k,p in model.named_parameters() if p.is_inference()), None):
+    if any(p.is_inference() for p in model.parameters()):
         raise ValueError(f"this {type(model).__name__} was made under torch.inference_mode, and "
                          "nothing can learn from it; make it outside")
     if away := next((k for k,p in model.named_parameters() if p.is_meta), None):

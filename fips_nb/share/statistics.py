@@ -38,9 +38,13 @@ def feed(
 @contextlib.contextmanager
 def _same_draws(device):
     "Let models that draw at random, such as ViT-MAE its masks, draw the same each time."
-    with torch.random.fork_rng([device] if device.type == 'cuda' else []):
-        torch.manual_seed(0)
-        yield
+    generators = [torch.default_generator] # torch.manual_seed takes longer than a small model
+    if device.type == 'cuda': generators.append(torch.cuda.default_generators[device.index or 0])
+    states = [g.get_state() for g in generators]
+    for g in generators: g.manual_seed(0)
+    try: yield
+    finally:
+        for g,state in zip(generators, states): g.set_state(state)
 
 @contextlib.contextmanager
 def _by_layers():
